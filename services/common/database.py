@@ -1,0 +1,189 @@
+"""One SQLite file with one writer: transactions run in threads, and commit in groups.
+
+The event loop never waits for the disk: ``await db.write(fn)`` hands ``fn`` to the writer's thread,
+which runs every function that is waiting in a savepoint of its own, commits once for all of them
+(WAL, ``synchronous=FULL``: an fsync) and only then wakes their callers. A function that raises is
+rolled back alone. Functions are plain, so a transaction can never span an await or another tier's
+call. ``await db.read(fn)`` runs on a second connection, which sees the last commit.
+
+The schema's version is ``PRAGMA user_version``. Migrations run at open, each in its transaction,
+after a copy of the file was put aside as ``<name>.v<N>.bak``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from services.common.errors import FailedPrecondition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+T = TypeVar("T")
+Transaction = sqlite3.Connection
+"""What a function of ``write`` or ``read`` gets; rows come as ``sqlite3.Row``."""
+
+_GROUP_MAX = 256
+
+
+class Database:
+    """An open database file. ``open`` before use; ``close`` commits what waits."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._requests: queue.SimpleQueue[
+            tuple[Callable[[Transaction], Any], asyncio.Future[Any]] | None
+        ] = queue.SimpleQueue()
+        self._commit_listeners: list[Callable[[], None]] = []
+        self._writer: threading.Thread | None = None
+        self._reader_pool = ThreadPoolExecutor(1, f"{path.stem}-reader")
+        self._reader: sqlite3.Connection | None = None
+
+    def open(self, migrations: Sequence[str], *, downgrades_from: int = 1) -> None:
+        """Open the file, create it if need be, and bring its schema up to date. Blocks.
+
+        Args:
+            migrations: SQL scripts in order; the Nth brings version N-1 to version N.
+            downgrades_from: how many versions newer than ours the file may be: a change of
+                schema must leave what the version before it needs.
+
+        Raises:
+            FailedPrecondition: the file was written by a version that is too new.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+        writer = _connect(self.path)
+        try:
+            self._migrate(writer, migrations, downgrades_from)
+        except BaseException:
+            writer.close()
+            raise
+        self._reader = _connect(self.path)
+        self._writer = threading.Thread(
+            target=self._write_loop, args=(writer,), name=f"{self.path.stem}-writer", daemon=True
+        )
+        self._writer.start()
+
+    def on_commit(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called after each commit, in the writer's thread; it must be quick."""
+        self._commit_listeners.append(listener)
+
+    async def write(self, function: Callable[[Transaction], T]) -> T:
+        """Run ``function`` in a transaction; returns its result once that is on the disk."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._requests.put((function, future))
+        # A caller that is cancelled does not undo a commit that is under way.
+        return await asyncio.shield(future)
+
+    async def read(self, function: Callable[[Transaction], T]) -> T:
+        """Run ``function`` on a snapshot of the last commit; it must not write."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reader_pool, self._read, function)
+
+    def close(self) -> None:
+        """Let waiting transactions commit, then close. Blocks."""
+        self._requests.put(None)
+        if self._writer is not None:
+            self._writer.join()
+        self._reader_pool.shutdown()
+        if self._reader is not None:
+            self._reader.close()
+
+    def _migrate(
+        self, writer: sqlite3.Connection, migrations: Sequence[str], downgrades_from: int
+    ) -> None:
+        version = writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(migrations) + downgrades_from:
+            raise FailedPrecondition(
+                f"database {self.path} has schema version {version}, this program knows "
+                f"{len(migrations)}: start a newer program, or restore the backup beside it"
+            )
+        if 0 < version < len(migrations):
+            backup = sqlite3.connect(self.path.with_name(f"{self.path.name}.v{version}.bak"))
+            writer.backup(backup)
+            backup.close()
+        for number in range(version, len(migrations)):
+            stamp = f"PRAGMA user_version={number + 1}"
+            writer.executescript(f"BEGIN IMMEDIATE;\n{migrations[number]};\n{stamp};\nCOMMIT;")
+
+    def _read(self, function: Callable[[Transaction], T]) -> T:
+        assert self._reader is not None, "the database is not open"
+        self._reader.execute("BEGIN")
+        try:
+            return function(self._reader)
+        finally:
+            self._reader.execute("ROLLBACK")
+
+    def _write_loop(self, connection: sqlite3.Connection) -> None:
+        running = True
+        while running:
+            group = [self._requests.get()]
+            while len(group) < _GROUP_MAX and group[-1] is not None:
+                try:
+                    group.append(self._requests.get_nowait())
+                except queue.Empty:
+                    break
+            if group[-1] is None:
+                running = False
+                group.pop()
+            if group:
+                self._commit_group(connection, [request for request in group if request])
+        connection.close()
+
+    def _commit_group(
+        self,
+        connection: sqlite3.Connection,
+        group: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]],
+    ) -> None:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            outcomes = [
+                (future, *_run_in_savepoint(connection, function)) for function, future in group
+            ]
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:  # the disk is full, or I/O failed: nobody's write happened
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            outcomes = [(future, None, error) for _, future in group]
+        else:
+            for listener in self._commit_listeners:
+                listener()
+        for future, result, failure in outcomes:
+            future.get_loop().call_soon_threadsafe(_resolve, future, result, failure)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA busy_timeout=5000")
+    return connection
+
+
+def _run_in_savepoint(
+    connection: sqlite3.Connection, function: Callable[[Transaction], Any]
+) -> tuple[Any, BaseException | None]:
+    connection.execute("SAVEPOINT request")
+    try:
+        result, failure = function(connection), None
+    except Exception as error:
+        connection.execute("ROLLBACK TO request")
+        result, failure = None, error
+    connection.execute("RELEASE request")
+    return result, failure
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is not None:
+        future.set_exception(failure)
+    else:
+        future.set_result(result)

@@ -1,0 +1,71 @@
+"""Logs: structlog, one JSON object per line on stderr; the request id that ties tiers together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from contextvars import ContextVar
+
+import structlog
+
+REQUEST_ID_KEY = "theseus-request-id"
+"""gRPC metadata key in which the request id travels."""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request that the current task works for; empty outside of one."""
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+LEVELS = tuple(_LEVELS)
+
+
+def new_request_id() -> str:
+    """A fresh id: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+def configure(tier: str, level: str = "info") -> None:
+    """Send this process' log to stderr.
+
+    Args:
+        tier: name of the service, a key of every line.
+        level: one of LEVELS; what is below it is not formatted at all.
+    """
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            _add_request_id,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(tier=tier, pid=os.getpid())
+    # Libraries that use the standard logging speak through the same lines.
+    logging.basicConfig(level=logging.WARNING, handlers=[_StructlogHandler()], force=True)
+
+
+class _StructlogHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = structlog.get_logger(record.name)
+        logger.log(
+            max(record.levelno, logging.DEBUG),
+            "library message",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
+
+
+def _add_request_id(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    current = request_id.get()
+    if current:
+        event.setdefault("request_id", current)
+    return event

@@ -1,0 +1,1 @@
+"""What containerd records in SQLite: the schema, and the rows of each noun. No other room has SQL."""

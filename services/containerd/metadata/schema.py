@@ -1,0 +1,145 @@
+"""The schema of containerd's database, ``<root>/meta.db``, as an ordered tuple of migrations.
+
+Everything but ``meta``, ``blobs`` and ``journal`` is per namespace. Labels and other string maps
+are JSON objects. Times are nanoseconds since the epoch. Files and rows are kept in step by one rule:
+a file exists before its row, and outlives it; a file without a row is rubbish for the collector.
+
+    namespaces ─┬─ content ──▶ blobs          (<root>/content/blobs/<algorithm>/<hex>)
+                ├─ ingests                     (<root>/content/ingest/<id>/)
+                ├─ images                      name ─▶ target descriptor
+                ├─ snapshots ─▶ parent         (<root>/snapshots/<snapshotter>/<id>/)
+                ├─ containers
+                └─ leases ──▶ lease_resources
+    journal: every event, in order            meta: epoch and the like
+"""
+
+from __future__ import annotations
+
+_V1 = """
+-- single facts: 'epoch' (integer, grows with every start)
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE namespaces (
+    name TEXT PRIMARY KEY,
+    labels TEXT NOT NULL DEFAULT '{}'
+) STRICT;
+
+-- blobs whose file is complete, verified and on the disk
+CREATE TABLE blobs (
+    digest TEXT PRIMARY KEY,              -- algorithm:hex
+    size_bytes INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- which namespace sees which blob, with its labels there
+CREATE TABLE content (
+    namespace TEXT NOT NULL,
+    digest TEXT NOT NULL REFERENCES blobs (digest),
+    labels TEXT NOT NULL DEFAULT '{}',
+    created_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, digest)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX content_digest ON content (digest);
+
+-- writes under way: a ref is locked by the one who writes it
+CREATE TABLE ingests (
+    namespace TEXT NOT NULL,
+    ref TEXT NOT NULL,
+    id TEXT NOT NULL UNIQUE,              -- directory name below ingest/
+    total_bytes INTEGER NOT NULL,         -- 0: not known
+    expected TEXT NOT NULL,               -- digest, or empty
+    labels TEXT NOT NULL DEFAULT '{}',
+    started_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, ref)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE images (
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    media_type TEXT NOT NULL,             -- of the target
+    digest TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    annotations TEXT NOT NULL DEFAULT '{}',
+    labels TEXT NOT NULL DEFAULT '{}',
+    created_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- directory name; never used twice
+    snapshotter TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    key TEXT NOT NULL,
+    parent_id INTEGER REFERENCES snapshots (id),
+    kind INTEGER NOT NULL,                -- 1 view, 2 active, 3 committed (as snapshots.Kind)
+    inodes INTEGER NOT NULL DEFAULT 0,    -- usage of a committed snapshot
+    size_bytes INTEGER NOT NULL DEFAULT 0,
+    labels TEXT NOT NULL DEFAULT '{}',
+    created_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    UNIQUE (snapshotter, namespace, key)
+) STRICT;
+CREATE INDEX snapshots_parent ON snapshots (parent_id);
+
+CREATE TABLE containers (
+    namespace TEXT NOT NULL,
+    id TEXT NOT NULL,
+    labels TEXT NOT NULL DEFAULT '{}',
+    image TEXT NOT NULL,
+    runtime_name TEXT NOT NULL,
+    runtime_options_type TEXT NOT NULL,   -- Any; both empty: none
+    runtime_options BLOB NOT NULL,
+    spec_type TEXT NOT NULL,
+    spec BLOB NOT NULL,
+    snapshotter TEXT NOT NULL,
+    snapshot_key TEXT NOT NULL,
+    extensions TEXT NOT NULL DEFAULT '{}',-- name -> [type_url, base64 value]
+    sandbox TEXT NOT NULL DEFAULT '',
+    created_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE leases (
+    namespace TEXT NOT NULL,
+    id TEXT NOT NULL,
+    labels TEXT NOT NULL DEFAULT '{}',
+    created_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE lease_resources (
+    namespace TEXT NOT NULL,
+    lease TEXT NOT NULL,
+    type TEXT NOT NULL,                   -- content, ingests, snapshots/<snapshotter>, images
+    id TEXT NOT NULL,
+    PRIMARY KEY (namespace, lease, type, id),
+    FOREIGN KEY (namespace, lease) REFERENCES leases (namespace, id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+
+-- every event of the node; seq has no gaps
+CREATE TABLE journal (
+    seq INTEGER PRIMARY KEY,
+    timestamp_ns INTEGER NOT NULL,
+    namespace TEXT NOT NULL,
+    topic TEXT NOT NULL,
+    type_url TEXT NOT NULL,
+    value BLOB NOT NULL,
+    shim TEXT,                            -- instance id of the shim that reported it, or NULL
+    shim_seq INTEGER                      -- its sequence number there
+) STRICT;
+CREATE UNIQUE INDEX journal_shim ON journal (shim, shim_seq) WHERE shim IS NOT NULL;
+
+-- how far each shim's events are in the journal; outlives their truncation, ends with the bundle
+CREATE TABLE shim_progress (
+    shim TEXT PRIMARY KEY,                -- instance id
+    last_seq INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_V1,)

@@ -1,0 +1,117 @@
+"""Transactions in groups, migrations, and what a crash between them leaves."""
+
+import asyncio
+import sqlite3
+
+import pytest
+
+from services.common.database import Database
+from services.common.errors import FailedPrecondition
+
+V1 = "CREATE TABLE things (name TEXT PRIMARY KEY)"
+V2 = "ALTER TABLE things ADD COLUMN size INTEGER NOT NULL DEFAULT 7"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "root" / "t.db"
+
+
+@pytest.fixture
+def db(path):
+    database = Database(path)
+    database.open([V1])
+    yield database
+    database.close()
+
+
+def insert(name):
+    return lambda tx: tx.execute("INSERT INTO things VALUES (?)", (name,)).lastrowid
+
+
+def names(tx):
+    return [row["name"] for row in tx.execute("SELECT name FROM things ORDER BY name")]
+
+
+async def test_a_failed_write_is_undone_alone(db):
+    def broken(tx):
+        insert("broken")(tx)
+        raise ValueError("no")
+
+    results = await asyncio.gather(
+        db.write(insert("a")), db.write(broken), db.write(insert("b")), return_exceptions=True
+    )
+    assert isinstance(results[1], ValueError)
+    assert await db.read(names) == ["a", "b"]
+
+
+async def test_a_constraint_is_the_writers_own_error(db):
+    await db.write(insert("a"))
+    with pytest.raises(sqlite3.IntegrityError):
+        await db.write(insert("a"))
+    await db.write(insert("b"))
+    assert await db.read(names) == ["a", "b"]
+
+
+async def test_what_was_answered_is_in_the_file(db, path):
+    await db.write(insert("a"))
+    other = sqlite3.connect(path)
+    assert other.execute("SELECT name FROM things").fetchall() == [("a",)]
+    other.close()
+
+
+async def test_a_cancelled_caller_leaves_the_commit_alone(db):
+    task = asyncio.create_task(db.write(insert("a")))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await db.write(insert("b"))
+    assert await db.read(names) == ["a", "b"]
+
+
+async def test_a_reader_cannot_write_by_accident(db):
+    await db.read(insert("a"))
+    assert await db.read(names) == []
+
+
+async def test_many_writers_share_commits(db):
+    await asyncio.gather(*(db.write(insert(f"{n:04}")) for n in range(1000)))
+    assert len(await db.read(names)) == 1000
+
+
+async def test_a_migration_keeps_the_rows_and_a_backup(db, path):
+    await db.write(insert("a"))
+    db.close()
+    newer = Database(path)
+    newer.open([V1, V2])
+    rows = await newer.read(lambda tx: [tuple(r) for r in tx.execute("SELECT * FROM things")])
+    newer.close()
+    assert rows == [("a", 7)]
+    backup = sqlite3.connect(f"{path}.v1.bak")
+    assert backup.execute("SELECT * FROM things").fetchall() == [("a",)]
+    backup.close()
+
+
+def test_a_migration_that_fails_changes_nothing(db, path):
+    db.close()
+    broken = Database(path)
+    with pytest.raises(sqlite3.OperationalError):
+        broken.open([V1, V2 + "; CREATE NONSENSE"])
+    again = Database(path)
+    again.open([V1, V2])
+    again.close()
+
+
+@pytest.mark.parametrize(("newer_by", "opens"), [(1, True), (2, False)])
+def test_the_version_before_still_opens_the_file(path, newer_by, opens):
+    newer = Database(path)
+    newer.open([V1, *["SELECT 1"] * newer_by])
+    newer.close()
+    old = Database(path)
+    if opens:
+        old.open([V1])
+    else:
+        with pytest.raises(FailedPrecondition, match="start a newer program"):
+            old.open([V1])
+    old.close()

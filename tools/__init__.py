@@ -1,0 +1,1 @@
+"""Developer scripts, run from a checkout and never packaged."""
