@@ -3,7 +3,7 @@
     python -m tools.sandbox COMMAND [ARG ...]
 
 The command gets private network, mount, pid and cgroup namespaces: loopback is up and nothing else
-is there, its cgroups lie below one of their own, and when it ends the kernel ends whatever it started.
+is there, its cgroups lie below one of their own, and when it ends the kernel ends all it started.
 The hybrid hierarchy's cgroup2 mount is left out, since crun 1.8 refuses a host that has one with a
 controller in it. The exit status is the command's; 125 says that the sandbox could not be made.
 """
@@ -26,6 +26,8 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 MARK = "THESEUS_SANDBOX"
 """Environment variable that is set inside."""
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> int:
     """Make the sandbox, run the command in it, and clean up."""
@@ -46,7 +48,7 @@ def main() -> int:
 
 
 def _run(command: list[str]) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the command hears them, and ends in its own way
     # Two forks: this process stays outside to clean up, its child becomes part of the new mount
     # namespace, and only a child of that one is process 1 of the new pid namespace.
@@ -81,19 +83,13 @@ def _init(command: list[str]) -> int:
     linux.mount("proc", "/proc", fstype="proc")
     _mount_cgroups()
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    main_process = subprocess.Popen(
-        command, env={**os.environ, MARK: "1"}, preexec_fn=_default_signals
-    )
-    signal.signal(signal.SIGTERM, lambda *_: main_process.terminate())
+    environment = {**os.environ, MARK: "1"}
+    pid = os.posix_spawnp(command[0], command, environment, setsigdef=_SIGNALS)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
     while True:
-        pid, status = os.wait()
-        if pid == main_process.pid:
+        ended, status = os.wait()
+        if ended == pid:
             return _exit_code(status)
-
-
-def _default_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _exit_code(status: int) -> int:

@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus and their generated stubs."""

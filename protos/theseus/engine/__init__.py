@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.engine and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.journal and their generated stubs."""

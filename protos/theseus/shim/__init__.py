@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.shim and their generated stubs."""

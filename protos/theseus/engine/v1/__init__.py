@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.engine.v1 and their generated stubs."""

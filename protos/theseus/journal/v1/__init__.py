@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.journal.v1 and their generated stubs."""

@@ -1,0 +1,67 @@
+# The verbs of the project. Each does its own set-up, and is quiet about it when all is there.
+#
+#   make help    lists them
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check protos bench wheel clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEBIAN := runc crun busybox-static iproute2 nftables docker-registry
+# What the host must have, asked of dpkg so that a machine with all of it needs no network.
+MISSING = $(shell dpkg-query -W -f '$${db:Status-Abbrev} $${Package}\n' $(DEBIAN) 2>/dev/null \
+	| awk -v want="$(DEBIAN)" '$$1 == "ii" {have[$$2] = 1} \
+	END {n = split(want, w); for (i = 1; i <= n; i++) if (!(w[i] in have)) printf "%s ", w[i]}')
+# As root in namespaces of its own: real containers, and nothing of them left behind.
+SANDBOX := $(if $(filter 0,$(shell id -u)),$(BIN)/python -m tools.sandbox)
+
+help: ## lists the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## installs what the project needs: Debian packages, and Python packages in .venv
+	@missing="$(MISSING)"; if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then \
+			echo "not root: without the Debian packages $$missing some verbs do not work" >&2; \
+		else \
+			echo "installing $$missing"; \
+			export DEBIAN_FRONTEND=noninteractive; \
+			(apt-get -qq update && apt-get -qq install -y --no-install-recommends $$missing) \
+				> $(VENV)/apt.log 2>&1 || { cat $(VENV)/apt.log >&2; exit 1; }; \
+		fi; \
+	fi
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || python3 -m venv $(VENV) 2>/dev/null || { \
+		rm -rf $(VENV); test "$$(id -u)" = 0; \
+		apt-get -qq update && apt-get -qq install -y python3-venv >/dev/null; \
+		python3 -m venv $(VENV); }
+	@echo "installing Python packages into $(VENV)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1' 2>/dev/null
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all]' --group dev
+	@touch $(READY)
+
+demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 seconds
+	@$(BIN)/python -m tools.sandbox $(BIN)/python -m tools.demo
+
+test: setup ## runs the whole suite; as root that includes real containers
+	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)
+
+check: setup ## formatting, lint, types, import rules
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/ruff check -q .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+protos: setup ## generates the stubs from protos/
+	@$(BIN)/python -m tools.protos
+
+bench: setup ## times a run through the tiers against the bare runtime
+	@$(BIN)/python -m tools.sandbox $(BIN)/python -m tools.bench
+
+wheel: setup ## builds the distribution into dist/
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean: ## removes what the verbs made
+	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd and their generated stubs."""

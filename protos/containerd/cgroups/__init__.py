@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.cgroups and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.cgroups.v1 and their generated stubs."""

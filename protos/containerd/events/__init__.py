@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.events and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.runtime and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.runtime.bootstrap and their generated stubs."""

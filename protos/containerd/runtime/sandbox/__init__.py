@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.runtime.sandbox and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.runtime.sandbox.v1 and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services and their generated stubs."""

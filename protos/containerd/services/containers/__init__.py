@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.containers and their generated stubs."""

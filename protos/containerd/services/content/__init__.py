@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.content and their generated stubs."""

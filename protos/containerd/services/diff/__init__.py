@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.diff and their generated stubs."""

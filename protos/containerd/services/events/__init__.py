@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.events and their generated stubs."""

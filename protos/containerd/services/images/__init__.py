@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.images and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.introspection and their generated stubs."""

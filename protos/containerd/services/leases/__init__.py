@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.leases and their generated stubs."""

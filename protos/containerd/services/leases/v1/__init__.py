@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.leases.v1 and their generated stubs."""

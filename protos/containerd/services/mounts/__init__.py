@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.mounts and their generated stubs."""

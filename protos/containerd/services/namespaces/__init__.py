@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.namespaces and their generated stubs."""

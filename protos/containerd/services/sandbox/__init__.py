@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.sandbox and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.snapshots and their generated stubs."""

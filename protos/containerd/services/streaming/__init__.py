@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.streaming and their generated stubs."""

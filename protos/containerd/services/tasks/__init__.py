@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.tasks and their generated stubs."""

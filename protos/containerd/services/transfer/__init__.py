@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.transfer and their generated stubs."""

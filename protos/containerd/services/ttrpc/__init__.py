@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.ttrpc and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.ttrpc.events and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.version and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.services.version.v1 and their generated stubs."""

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.task and their generated stubs."""

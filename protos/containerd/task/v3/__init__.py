@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.task.v3 and their generated stubs."""

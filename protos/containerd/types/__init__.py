@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types and their generated stubs."""

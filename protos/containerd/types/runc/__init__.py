@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types.runc and their generated stubs."""

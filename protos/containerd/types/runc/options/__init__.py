@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types.runc.options and their generated stubs."""

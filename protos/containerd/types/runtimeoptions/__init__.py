@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types.runtimeoptions and their generated stubs."""

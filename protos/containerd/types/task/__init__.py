@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types.task and their generated stubs."""

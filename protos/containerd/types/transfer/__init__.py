@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.types.transfer and their generated stubs."""
