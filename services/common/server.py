@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import grp
 import os
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 SOCKET_GROUP = "theseus"
 UNIX_PATH_MAX_BYTES = 107
+_NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_NAMESPACE_MAX_LENGTH = 76
 _QUIET_CODES = frozenset({grpc.StatusCode.OK, grpc.StatusCode.CANCELLED})
 
 
@@ -166,10 +169,17 @@ def request_namespace(context: grpc.aio.ServicerContext[Any, Any]) -> str:
 
     Raises:
         FailedPrecondition: it names none (upstream's code and words).
+        InvalidArgument: that can be no name: it would have to be safe as a directory's.
     """
     namespace = metadata_value(context, NAMESPACE_KEY)
     if not namespace:
         raise errors.FailedPrecondition("namespace is required: set containerd-namespace metadata")
+    if len(namespace) > _NAMESPACE_MAX_LENGTH or not _NAMESPACE.fullmatch(namespace):
+        raise errors.InvalidArgument(
+            f"namespace {namespace[:_NAMESPACE_MAX_LENGTH]!r} is malformed: at most "
+            f"{_NAMESPACE_MAX_LENGTH} letters and digits, with single '.', '_' or '-' between them",
+            field=NAMESPACE_KEY,
+        )
     return namespace
 
 
