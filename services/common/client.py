@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
+from services.common.request import REQUEST_ID_KEY, new_request_id, request_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,9 +16,16 @@ NAMESPACE_KEY = "containerd-namespace"
 """gRPC metadata key of containerd's namespace, as upstream has it."""
 
 MESSAGE_LIMIT_BYTES = 64 << 20
+# Done twice these make two of a thing, or run it again: their callers look before they ask again.
+_ONCE = [
+    {"service": f"theseus.engine.v1.{service}", "method": method}
+    for service in ("Containers", "Execs")
+    for method in ("Create", "Start")
+]
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
+            {"name": _ONCE},
             {
                 "name": [{}],
                 # A tier that is being replaced answers UNAVAILABLE, or its socket is not there yet.
@@ -29,7 +36,7 @@ _SERVICE_CONFIG = json.dumps(
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
-            }
+            },
         ]
     }
 )

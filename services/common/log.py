@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
-from contextvars import ContextVar
 
 import structlog
 
-REQUEST_ID_KEY = "theseus-request-id"
-"""gRPC metadata key in which the request id travels."""
+from services.common.request import REQUEST_ID_KEY, new_request_id, request_id
 
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Id of the request that the current task works for; empty outside of one."""
+__all__ = ["LEVELS", "REQUEST_ID_KEY", "configure", "new_request_id", "request_id"]
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 LEVELS = tuple(_LEVELS)
-
-
-def new_request_id() -> str:
-    """A fresh id: 16 hex digits."""
-    return secrets.token_hex(8)
 
 
 def configure(tier: str, level: str = "info") -> None:

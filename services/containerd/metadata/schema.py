@@ -1,8 +1,8 @@
 """The schema of containerd's database, ``<root>/meta.db``, as an ordered tuple of migrations.
 
 Everything but ``meta``, ``blobs`` and ``journal`` is per namespace. Labels and other string maps
-are JSON objects. Times are nanoseconds since the epoch. Files and rows are kept in step by one rule:
-a file exists before its row, and outlives it; a file without a row is rubbish for the collector.
+are JSON objects. Times are nanoseconds since the epoch. Files and rows are kept in step by one
+rule: a file exists before its row, and outlives it; a file without a row is rubbish for the collector.
 
     namespaces ─┬─ content ──▶ blobs          (<root>/content/blobs/<algorithm>/<hex>)
                 ├─ ingests                     (<root>/content/ingest/<id>/)
@@ -142,4 +142,14 @@ CREATE TABLE shim_progress (
 ) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_V1,)
+# A namespace comes to be when something is first recorded in it.
+_NAMESPACE_TRIGGERS = "".join(
+    f"""
+CREATE TRIGGER {table}_namespace AFTER INSERT ON {table} BEGIN
+    INSERT OR IGNORE INTO namespaces (name) VALUES (new.namespace);
+END;
+"""
+    for table in ("content", "ingests", "images", "snapshots", "containers", "leases")
+)
+
+MIGRATIONS: tuple[str, ...] = (_V1 + _NAMESPACE_TRIGGERS,)

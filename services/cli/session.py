@@ -1,0 +1,182 @@
+"""A session: this process' standard streams coupled with those of a process in a container.
+
+Output is one sequence of bytes, and so is input. When the engine goes away the session attaches
+again at the byte where it was, so that each byte is written, and taken, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from protos.theseus.engine.v1 import containers_pb2 as pb
+from services.cli import terminal
+from services.cli.engine import LONG_DEADLINE_S, Patience
+from services.cli.failure import warn
+from services.cli.input import Input
+from services.common.errors import Cancelled, DeadlineExceeded, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from services.cli.engine import Engine
+
+    Attach = grpc.aio.StreamStreamMultiCallable[pb.AttachRequest, pb.AttachResponse]
+
+_DESCRIPTORS = {pb.STREAM_KIND_STDOUT: 1, pb.STREAM_KIND_STDERR: 2}
+
+
+class Session:
+    """Couples the streams until the process' output is complete.
+
+    Args:
+        attach: the method of the containers or execs service.
+        start: whom to attach to; its offset is the first byte wanted.
+        interactive: whether our standard input goes to the process.
+    """
+
+    def __init__(
+        self, engine: Engine, attach: Attach, start: pb.AttachStart, *, interactive: bool
+    ) -> None:
+        self.detached = asyncio.Event()
+        self._engine = engine
+        self._attach = attach
+        self._start = start
+        self._offset = start.offset
+        self._changed = asyncio.Event()
+        self._input = Input(self._changed.set) if interactive else None
+        self._running = asyncio.Event()
+        self._size = (0, 0)
+        self._relaying: asyncio.Task[None] | None = None
+        self._attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def attach(self) -> None:
+        """Begin; returns when the engine has coupled us, so that no output can be missed.
+
+        Raises:
+            TheseusError: the engine cannot be reached, or refused.
+        """
+        self._relaying = asyncio.create_task(self._relay(), name="session")
+        await asyncio.wait([self._attached, self._relaying], return_when="FIRST_COMPLETED")
+        if not self._attached.done():
+            await self._relaying  # it failed
+
+    def started(self, *, detachable: bool = False) -> None:
+        """The process runs: it may have input and a size from now on."""
+        if self._input is not None and not self._running.is_set():
+            keys = terminal.DetachFilter(self.detached.set) if detachable else bytes
+            self._input.read_from(0, keys)
+        self._running.set()
+
+    def resize(self) -> None:
+        """Tell the process the size that our terminal has now."""
+        self._size = terminal.size()
+        self._changed.set()
+
+    async def finished(self) -> None:
+        """Returns when all output was written.
+
+        Raises:
+            TheseusError: the engine went away for good, or refused.
+        """
+        assert self._relaying is not None, "not attached"
+        await self._relaying
+
+    async def close(self) -> None:
+        """Let go of the process, which goes on."""
+        if self._relaying is not None:
+            self._relaying.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._relaying
+
+    async def _relay(self) -> None:
+        patience = Patience()
+        while True:
+            try:
+                with self._engine.failures():
+                    if await self._relay_once(patience):
+                        return
+                error: Unavailable | Cancelled = Unavailable("the engine ended the session early")
+            except DeadlineExceeded:
+                continue
+            except (Unavailable, Cancelled) as failure:
+                if not self._attached.done():
+                    raise  # it was never there: no restart to wait for
+                error = failure
+            await patience.pause(error)
+
+    async def _relay_once(self, patience: Patience) -> bool:
+        input_offset: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        call = self._attach(self._requests(input_offset), timeout=LONG_DEADLINE_S)
+        try:
+            async for response in call:
+                patience.reset()
+                match response.WhichOneof("message"):
+                    case "started":
+                        self._begin(response.started)
+                        input_offset.set_result(response.started.input_offset)
+                    case "output":
+                        await self._write(response.output)
+                    case "gap":
+                        lost = response.gap.to - max(getattr(response.gap, "from"), self._offset)
+                        warn(f"{lost} bytes of output cannot be had any more")
+                        self._offset = response.gap.to
+                    case "finished":
+                        return True
+            return False
+        finally:
+            call.cancel()
+            input_offset.cancel()
+
+    def _begin(self, started: pb.AttachStarted) -> None:
+        if self._start.from_end:
+            # From now on the place is known: a second attach begins there.
+            self._start.from_end = False
+            self._offset = started.offset
+        if self._attached.done():
+            if self._input is not None:
+                self._input.check(started.input_offset)
+            return
+        if self._input is not None:
+            self._input.begin(started.input_offset)
+        self._attached.set_result(None)
+
+    async def _write(self, output: pb.AttachOutput) -> None:
+        data = output.data[max(self._offset - output.offset, 0) :]
+        if data:
+            # In a thread: whoever reads our output may be slow, and signals must get through.
+            await asyncio.to_thread(_write_all, _DESCRIPTORS.get(output.stream, 1), data)
+            self._offset = output.offset + len(output.data)
+
+    async def _requests(self, input_offset: asyncio.Future[int]) -> AsyncIterator[pb.AttachRequest]:
+        start = pb.AttachStart()
+        start.CopyFrom(self._start)
+        start.offset = self._offset
+        yield pb.AttachRequest(start=start)
+        position = await input_offset
+        await self._running.wait()
+        sent_size, closed = (0, 0), False
+        while True:
+            self._changed.clear()
+            if self._size != sent_size:
+                sent_size = self._size
+                width, height = sent_size
+                yield pb.AttachRequest(resize=pb.AttachResize(width=width, height=height))
+            elif self._input is not None and (piece := self._input.piece(position)):
+                yield pb.AttachRequest(input=pb.AttachInput(offset=position, data=piece))
+                position += len(piece)
+            elif self._input is not None and self._input.ended and not closed:
+                closed = True
+                yield pb.AttachRequest(close_input=pb.AttachCloseInput())
+            else:
+                await self._changed.wait()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

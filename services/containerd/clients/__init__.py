@@ -1,0 +1,1 @@
+"""The services that containerd calls: the shims."""

@@ -1,0 +1,139 @@
+"""containerd's configuration: one frozen dataclass, made from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from services.common import VERSION, log
+from services.common.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SHIM_MODULE = (sys.executable, "-m", "services.shim")
+_REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be configured.
+
+    Attributes:
+        root: records, blobs and snapshots; survives reboots.
+        state: sockets and bundles; gone with a reboot.
+        address: the socket served.
+        metrics_address: ``unix:PATH`` or ``HOST:PORT``; empty: none.
+        log_level: one of services.common.log.LEVELS, for shims too.
+        shim: the command that starts the shim factory, without its arguments.
+        default_runtime: the OCI runtime of containers that name none.
+        snapshotter: the snapshotter of requests that name none.
+        shim_grace_s: how long a shim may take to register after a start of containerd.
+        lock_timeout_s: how long to wait for another containerd to leave the root.
+        drain_s: how long calls under way may take once a stop was asked for.
+        gc_delay_s: time between a deletion and the collection of what it left.
+        gc_interval_s: time after which garbage is collected in any case.
+        journal_events: how many events the journal keeps.
+        journal_s: for how long it keeps them.
+        registry_hosts: directory with a ``hosts.toml`` per registry.
+        max_archive_bytes: the largest archive that is imported.
+        max_layer_bytes: the largest layer, uncompressed.
+    """
+
+    root: Path
+    state: Path
+    address: Path
+    metrics_address: str = ""
+    log_level: str = "info"
+    shim: tuple[str, ...] = _SHIM_MODULE
+    default_runtime: str = "runc"
+    snapshotter: str = "overlayfs"
+    shim_grace_s: float = 10.0
+    lock_timeout_s: float = 30.0
+    drain_s: float = 5.0
+    gc_delay_s: float = 0.1
+    gc_interval_s: float = 300.0
+    journal_events: int = 100_000
+    journal_s: float = 7 * 24 * 3600.0
+    registry_hosts: Path = _REGISTRY_HOSTS
+    max_archive_bytes: int = 64 << 30
+    max_layer_bytes: int = 64 << 30
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line asks for.
+
+    Raises:
+        InvalidArgument: a value makes no sense.
+        SystemExit: the command line cannot be parsed, or asked for help or the version.
+    """
+    given = _parser().parse_args(arguments)
+    state: Path = given.state.absolute()
+    for name in ("grace_time", "lock_timeout", "drain_time", "gc_delay", "gc_interval"):
+        if getattr(given, name) < 0:
+            raise InvalidArgument(
+                f"--{name.replace('_', '-')} is a number of seconds and cannot be negative",
+                field=name,
+            )
+    for name in ("journal_events", "max_archive_bytes", "max_layer_bytes"):
+        if getattr(given, name) < 1:
+            raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", field=name)
+    return Config(
+        root=given.root.absolute(),
+        state=state,
+        address=(given.address or state / "containerd.sock").absolute(),
+        metrics_address=given.metrics_address,
+        log_level=given.log_level,
+        shim=_shim_command(given.shim),
+        default_runtime=given.default_runtime,
+        snapshotter=given.snapshotter,
+        shim_grace_s=given.grace_time,
+        lock_timeout_s=given.lock_timeout,
+        drain_s=given.drain_time,
+        gc_delay_s=given.gc_delay,
+        gc_interval_s=given.gc_interval,
+        journal_events=given.journal_events,
+        journal_s=given.journal_days * 24 * 3600,
+        registry_hosts=given.registry_hosts.absolute(),
+        max_archive_bytes=given.max_archive_bytes,
+        max_layer_bytes=given.max_layer_bytes,
+    )
+
+
+def _shim_command(program: str) -> tuple[str, ...]:
+    if program:
+        return (program,)
+    beside = Path(sys.executable).with_name("theseus-shim")
+    return (str(beside),) if beside.exists() else _SHIM_MODULE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="theseus-containerd",
+        description="Keeps images, snapshots and containers of this machine, and serves "
+        "containerd's API on a Unix socket.",
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"theseus-containerd {VERSION}")
+    add("--root", type=Path, default=Path("/var/lib/theseus/containerd"), metavar="DIR")
+    add("--state", type=Path, default=Path("/run/theseus/containerd"), metavar="DIR")
+    add("--address", type=Path, metavar="SOCKET", help="default: containerd.sock below --state")
+    add("--metrics-address", default="", metavar="unix:PATH|HOST:PORT")
+    add("--log-level", choices=log.LEVELS, default="info")
+    add("--shim", default="", metavar="PROGRAM", help="default: theseus-shim beside Python")
+    add("--default-runtime", default="runc", metavar="NAME")
+    add("--snapshotter", default="overlayfs", metavar="NAME")
+    add("--grace-time", type=float, default=10.0, metavar="S", help="for shims to register")
+    add("--lock-timeout", type=float, default=30.0, metavar="S", help="for the root to be free")
+    add("--drain-time", type=float, default=5.0, metavar="S", help="for calls under way at a stop")
+    add("--gc-delay", type=float, default=0.1, metavar="S", help="from deletion to collection")
+    add("--gc-interval", type=float, default=300.0, metavar="S", help="between collections")
+    add("--journal-events", type=int, default=100_000, metavar="N", help="events kept")
+    add("--journal-days", type=float, default=7.0, metavar="DAYS", help="days they are kept")
+    add("--registry-hosts", type=Path, default=_REGISTRY_HOSTS, metavar="DIR")
+    add("--max-archive-bytes", type=int, default=64 << 30, metavar="N")
+    add("--max-layer-bytes", type=int, default=64 << 30, metavar="N")
+    return parser

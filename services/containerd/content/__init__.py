@@ -1,0 +1,1 @@
+"""Content: blobs named by their digest, and the writes under way."""

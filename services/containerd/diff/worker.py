@@ -1,0 +1,112 @@
+"""The program that unpacks layers, and packs them: ``python -m services.containerd.diff.worker``.
+
+A process of its own, because Python does one thing at a time and this one takes the processor for
+seconds; and because it has a mount namespace for itself. It reads jobs from stdin and answers on
+stdout, a JSON object a line, one after the other, and ends with its stdin.
+
+    {"job": "apply", "blob": PATH, "mounts": [...], "scratch": PATH, "sync": false}
+    {"job": "compare", "lower": [...], "upper": [...], "output": PATH, "media_type": TEXT,
+     "newest_ns": null, "scratch": PATH}
+    ──▶ {"digest": "sha256:…", "size_bytes": 1234}
+    ──▶ {"error": "DataLoss", "message": "the layer's gzip stream is cut short"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from services.common import linux, log
+from services.common.errors import Internal, TheseusError
+from services.containerd.diff.pack import pack_layer
+from services.containerd.diff.unpack import unpack_layer
+from services.containerd.mounts import Mount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TextIO
+
+_DEEPEST_NAME = 2048  # components in PATH_MAX bytes
+logger = structlog.get_logger(__name__)
+
+
+def main() -> None:
+    """Serve jobs until stdin ends."""
+    log.configure("containerd-layers")
+    linux.set_process_name("theseus-layers")
+    linux.set_parent_death_signal(signal.SIGKILL)
+    sys.setrecursionlimit(sys.getrecursionlimit() + 4 * _DEEPEST_NAME)
+    os.umask(0)
+    with contextlib.suppress(PermissionError):
+        # Its mounts are its own. Slave, not private: what the host unmounts must go from here too.
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount("", "/", flags=linux.MS_SLAVE | linux.MS_REC)
+    # Nothing but answers may get into the pipe.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)
+
+
+def serve(jobs: TextIO, answers: TextIO) -> None:
+    """Do each job and write its answer."""
+    for line in jobs:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        digest, size_bytes = _JOBS[job.pop("job")](**job)
+    except TheseusError as error:
+        return {"error": type(error).__name__, "message": error.message[:4096]}
+    except Exception:
+        logger.exception("job failed")
+        return {
+            "error": Internal.__name__,
+            "message": "the layer could not be handled: see the log",
+        }
+    return {"digest": digest, "size_bytes": size_bytes}
+
+
+def _apply_job(
+    *, blob: str, mounts: list[dict[str, Any]], scratch: str, sync: bool
+) -> tuple[str, int]:
+    return unpack_layer(Path(blob), _mounts(mounts), scratch=Path(scratch), sync=sync)
+
+
+def _mounts(documents: list[dict[str, Any]]) -> list[Mount]:
+    return [
+        Mount(doc["type"], doc["source"], doc["target"], tuple(doc["options"])) for doc in documents
+    ]
+
+
+def _compare_job(
+    *,
+    lower: list[dict[str, Any]],
+    upper: list[dict[str, Any]],
+    output: str,
+    media_type: str,
+    newest_ns: int | None,
+    scratch: str,
+) -> tuple[str, int]:
+    return pack_layer(
+        _mounts(lower),
+        _mounts(upper),
+        Path(output),
+        media_type=media_type,
+        newest_ns=newest_ns,
+        scratch=Path(scratch),
+    )
+
+
+_JOBS: dict[str, Callable[..., tuple[str, int]]] = {"apply": _apply_job, "compare": _compare_job}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The journal: every event of the node, in order, with sequence numbers that have no gaps.
+
+Events are appended inside the transactions that make them true, and read from the database; what is
+in memory is only the wake-up of readers that follow. It is bounded by number and age, and a reader
+that asks for what was cut off is told so instead of being given less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common.errors import OutOfRange, Unavailable
+from services.containerd.metadata import journal as rows
+from services.containerd.typed import TypedValue
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from services.common.database import Database
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 256
+
+
+class Truncated(OutOfRange):
+    """Events that were asked for have been cut off.
+
+    Attributes:
+        first_seq: the first that is left.
+    """
+
+    def __init__(self, wanted: int, first_seq: int) -> None:
+        super().__init__(
+            f"journal is truncated: event {wanted} was asked for, first is {first_seq}; "
+            f"read what the events were about again, then read on from {first_seq}"
+        )
+        self.first_seq = first_seq
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One event and its message."""
+
+    seq: int
+    timestamp_ns: int
+    namespace: str
+    topic: str
+    event: TypedValue
+
+
+class Journal:
+    """Implements ``EventSink``; ``attach`` before the first event.
+
+    Args:
+        db: where it lies.
+        encode: makes the bytes of a message out of its name and fields.
+        keep_events: how many events are kept.
+        keep_s: for how many seconds they are kept.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        encode: Callable[[str, Mapping[str, object]], bytes],
+        *,
+        keep_events: int = 100_000,
+        keep_s: float = 7 * 24 * 3600,
+    ) -> None:
+        self._db = db
+        self._encode = encode
+        self._keep_events = keep_events
+        self._keep_s = keep_s
+        self._appended = False  # touched in the writer's thread only
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakeup = asyncio.Event()
+        self._stopped = False
+
+    def attach(self) -> None:
+        """Have this event loop woken by commits."""
+        self._loop = asyncio.get_running_loop()
+        self._db.on_commit(self._committed)
+
+    def stop(self) -> None:
+        """End all readers that follow: the process drains."""
+        self._stopped = True
+        self._wake()
+
+    def append(
+        self,
+        tx: sqlite3.Connection,
+        namespace: str,
+        topic: str,
+        type_name: str,
+        fields: Mapping[str, object],
+    ) -> None:
+        """As ``EventSink.append``."""
+        self.append_encoded(
+            tx, namespace, topic, type_url=type_name, value=self._encode(type_name, fields)
+        )
+
+    def append_encoded(
+        self,
+        tx: sqlite3.Connection,
+        namespace: str,
+        topic: str,
+        *,
+        type_url: str,
+        value: bytes,
+        timestamp_ns: int | None = None,
+    ) -> None:
+        """Append an event whose message is in bytes already; its time is now, unless told."""
+        rows.append(
+            tx,
+            timestamp_ns=time.time_ns() if timestamp_ns is None else timestamp_ns,
+            namespace=namespace,
+            topic=topic,
+            type_url=type_url,
+            value=value,
+        )
+        self._appended = True
+
+    def append_shim_event(
+        self,
+        tx: sqlite3.Connection,
+        instance_id: str,
+        seq: int,
+        *,
+        namespace: str,
+        topic: str,
+        type_url: str,
+        value: bytes,
+        timestamp_ns: int,
+    ) -> bool:
+        """Append an event out of a shim's spool, exactly once however often it is sent.
+
+        Returns:
+            False if the journal has it already. Once the transaction has committed, the event may
+            be acknowledged in both cases.
+        """
+        if seq <= rows.shim_progress(tx, instance_id):
+            return False
+        rows.append(
+            tx,
+            timestamp_ns=timestamp_ns,
+            namespace=namespace,
+            topic=topic,
+            type_url=type_url,
+            value=value,
+            shim=instance_id,
+            shim_seq=seq,
+        )
+        rows.set_shim_progress(tx, instance_id, seq)
+        self._appended = True
+        return True
+
+    def shim_progress(self, tx: sqlite3.Connection, instance_id: str) -> int:
+        """The last event of a shim that is in the journal; 0 for none."""
+        return rows.shim_progress(tx, instance_id)
+
+    def forget_shim(self, tx: sqlite3.Connection, instance_id: str) -> None:
+        """Forget a shim whose bundle is gone: it will never send again."""
+        rows.forget_shim(tx, instance_id)
+
+    async def last_seq(self) -> int:
+        """The sequence number of the newest event; 0 when there was none."""
+        return (await self._db.read(rows.bounds))[1]
+
+    async def read(
+        self, from_seq: int = 0, *, namespace: str = "", follow: bool = True
+    ) -> AsyncIterator[JournalEntry]:
+        """Events from a sequence number on.
+
+        Args:
+            from_seq: the first one wanted; 0: the first that exists. The number after the newest is
+                the next one to come.
+            namespace: only those of this namespace; empty: all.
+            follow: wait for new ones instead of ending.
+
+        Raises:
+            Truncated: the first one wanted, or the next one after those that were read, is gone.
+            OutOfRange: the first one wanted lies past the next one to come.
+            Unavailable: the process is stopping; what it had was read.
+        """
+        first, last = await self._db.read(rows.bounds)
+        next_seq = from_seq or first
+        if next_seq > last + 1:
+            raise OutOfRange(
+                f"event {next_seq} was asked for, the newest is {last}: "
+                "the journal was started anew; read from 0"
+            )
+        while True:
+            wakeup = self._wakeup  # before the read: what commits after it, wakes us
+            batch, first = await self._db.read(
+                lambda tx, seq=next_seq: (  # type: ignore[misc]
+                    rows.read(tx, seq, limit=_BATCH),
+                    rows.bounds(tx)[0],
+                )
+            )
+            if next_seq < first:
+                raise Truncated(next_seq, first)
+            for row in batch:
+                next_seq = row["seq"] + 1
+                if not namespace or row["namespace"] == namespace:
+                    yield _from_row(row)
+            if len(batch) < _BATCH:
+                if not follow:
+                    return
+                if self._stopped:
+                    raise Unavailable(
+                        f"containerd is stopping: read on from event {next_seq} when it is back",
+                        retry_after_s=0.1,
+                    )
+                await wakeup.wait()
+
+    async def truncate(self) -> int:
+        """Cut off what passes the bounds; returns how many events went."""
+        before_ns = time.time_ns() - int(self._keep_s * 1e9)
+        count = await self._db.write(
+            lambda tx: rows.truncate(tx, keep=self._keep_events, older_than_ns=before_ns)
+        )
+        if count:
+            log.info("journal truncated", events=count)
+        return count
+
+    def _committed(self) -> None:
+        if self._appended and self._loop is not None:
+            self._appended = False
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._wakeup.set()
+        self._wakeup = asyncio.Event()
+
+
+def _from_row(row: sqlite3.Row) -> JournalEntry:
+    return JournalEntry(
+        seq=row["seq"],
+        timestamp_ns=row["timestamp_ns"],
+        namespace=row["namespace"],
+        topic=row["topic"],
+        event=TypedValue(row["type_url"], row["value"]),
+    )

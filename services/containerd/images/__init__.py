@@ -1,0 +1,1 @@
+"""Images: names for manifests and indexes, and what turns those into file systems."""

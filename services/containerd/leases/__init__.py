@@ -1,0 +1,1 @@
+"""Leases: what keeps work in progress from the collector."""

@@ -1,0 +1,1 @@
+"""Namespaces: what keeps the clients of one containerd apart."""

@@ -1,0 +1,1 @@
+"""Remotes: registries, from which images are pulled and to which they are pushed."""

@@ -1,0 +1,178 @@
+"""HTTP to registries: time limits, bounded redirects, and failures in words.
+
+Nothing here retries, and nothing knows what a registry is.
+"""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Self
+
+import aiohttp
+from yarl import URL
+
+from services.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping
+    from types import TracebackType
+
+    from services.containerd.remotes.body import Body
+
+READ_BUFFER_BYTES = 1 << 20
+
+_REDIRECTS = frozenset(
+    {
+        HTTPStatus.MOVED_PERMANENTLY,
+        HTTPStatus.FOUND,
+        HTTPStatus.SEE_OTHER,
+        HTTPStatus.TEMPORARY_REDIRECT,
+        HTTPStatus.PERMANENT_REDIRECT,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds of one request.
+
+    Attributes:
+        connect_timeout_s: for a connection to be made, TLS included.
+        read_timeout_s: without a byte from the other side.
+        redirects: followed one after another.
+        connections_per_host: open at once.
+    """
+
+    connect_timeout_s: float = 15
+    read_timeout_s: float = 30
+    redirects: int = 5
+    connections_per_host: int = 16
+
+
+class HttpClient:
+    """A pool of connections, to be used as an async context manager.
+
+    Proxies come from the environment.
+    """
+
+    def __init__(self, limits: HttpLimits, *, user_agent: str) -> None:
+        self._limits = limits
+        self._user_agent = user_agent
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        limits = self._limits
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=limits.connections_per_host),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=limits.connect_timeout_s, sock_read=limits.read_timeout_s
+            ),
+            # A digest is of the bytes as they are stored: nothing packs or unpacks them on the way.
+            headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            read_bufsize=READ_BUFFER_BYTES,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=True,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @asynccontextmanager
+    async def request(
+        self, method: str, url: URL, *, headers: Mapping[str, str], body: Body | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request; the response is open inside the block, whatever its status.
+
+        Redirects are followed for requests without a body. Another host never sees the
+        Authorization header.
+
+        Raises:
+            Unavailable: no connection, or it broke or fell silent; inside the block too.
+            FailedPrecondition: a redirect that is not followed, or no proper certificate.
+        """
+        assert self._session is not None, "the client is used inside its context only"
+        headers = dict(headers)
+        start = url
+        for _ in range(self._limits.redirects + 1):
+            with _in_words(url):
+                async with self._session.request(
+                    method,
+                    url,
+                    headers=headers,
+                    data=None if body is None else body.chunks(),
+                    allow_redirects=False,
+                ) as response:
+                    location = response.headers.get("Location")
+                    if body is not None or response.status not in _REDIRECTS or not location:
+                        yield response
+                        return
+            target = _redirected(url, location)
+            if target.origin() != url.origin():
+                headers.pop("Authorization", None)
+            url = target
+        raise FailedPrecondition(
+            f"{start.host} redirects more than {self._limits.redirects} times: {start.path} leads "
+            f"to {url.with_query(None)}"
+        )
+
+
+async def read_bounded(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body of a response.
+
+    Raises:
+        ResourceExhausted: it has more than ``max_bytes``.
+    """
+    parts, total = [], 0
+    async for part in response.content.iter_chunked(READ_BUFFER_BYTES):
+        parts.append(part)
+        total += len(part)
+        if total > max_bytes:
+            raise ResourceExhausted(
+                f"{response.url.host} answered with more than {max_bytes} bytes to "
+                f"{response.method} {response.url.path}"
+            )
+    return b"".join(parts)
+
+
+def _redirected(url: URL, location: str) -> URL:
+    try:
+        target = url.join(URL(location))
+    except ValueError as error:
+        raise FailedPrecondition(f"{url.host} redirects to what is no URL") from error
+    if target.scheme not in ("http", "https") or not target.host:
+        raise FailedPrecondition(f"{url.host} redirects to the scheme {target.scheme!r}")
+    if url.scheme == "https" and target.scheme == "http":
+        raise FailedPrecondition(
+            f"{url.host} redirects from https to http, to {target.host}: refused"
+        )
+    return target
+
+
+@contextmanager
+def _in_words(url: URL) -> Iterator[None]:
+    where = f"{url.host}:{url.port}"
+    try:
+        yield
+    except aiohttp.ServerTimeoutError as error:
+        raise Unavailable(f"{where} did not answer in time") from error
+    except (aiohttp.ClientConnectorCertificateError, ssl.CertificateError) as error:
+        raise FailedPrecondition(
+            f"the certificate of {where} is not trusted: add its authority to the system's, or "
+            "use the scheme http"
+        ) from error
+    except aiohttp.ClientConnectorError as error:
+        raise Unavailable(f"cannot connect to {where}: {error.os_error}") from error
+    except (aiohttp.ClientError, ConnectionError) as error:
+        raise Unavailable(f"the connection to {where} broke: {type(error).__name__}") from error

@@ -1,0 +1,1 @@
+"""The gRPC services of containerd: unwrap, call the domain, wrap."""

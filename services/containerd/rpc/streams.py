@@ -1,0 +1,77 @@
+"""``theseus.shim.v1.Streams`` at containerd: passed through to the shim of the container.
+
+Only the first message is read, to know which shim; everything else goes through as bytes, in both
+directions, at the pace of the slower side. A call that is cancelled is cancelled at the shim.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from protos.theseus.shim.v1 import streams_pb2 as pb
+from services.common.errors import InvalidArgument
+from services.common.server import request_namespace
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from services.containerd.rpc.context import Context
+    from services.containerd.tasks.manager import TaskManager
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Streams"].full_name
+
+
+class StreamsService:
+    """Passes ``Attach`` on."""
+
+    def __init__(self, tasks: TaskManager) -> None:
+        self._tasks = tasks
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[bytes]:
+        """See the contract. Messages are serialized ones."""
+        first = await anext(request_iterator, None)
+        container_id = _container(first)
+        responses: Any = await self._tasks.attach(
+            request_namespace(context),
+            container_id,
+            _again(first or b"", request_iterator),
+            timeout_s=context.time_remaining(),
+        )
+        async with aclosing(responses) as stream:
+            async for response in stream:
+                yield response
+
+
+def add_streams_to_server(servicer: StreamsService, server: Any) -> None:
+    """As a generated ``add_StreamsServicer_to_server``, without serializers."""
+    handler: Any = grpc.stream_stream_rpc_method_handler(
+        servicer.Attach, request_deserializer=None, response_serializer=None
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE, {"Attach": handler}),)
+    )
+
+
+def _container(first: bytes | None) -> str:
+    try:
+        request = pb.AttachRequest.FromString(first or b"")
+    except DecodeError as error:
+        raise InvalidArgument("the first message of an attach does not parse") from error
+    if not request.start.container_id:
+        raise InvalidArgument(
+            "the first message of an attach must be a start with a container id",
+            field="start.container_id",
+        )
+    return request.start.container_id
+
+
+async def _again(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for message in rest:
+        yield message

@@ -1,0 +1,1 @@
+"""Snapshots: file trees that are prepared, filled, committed and built upon."""

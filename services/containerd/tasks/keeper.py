@@ -1,0 +1,205 @@
+"""What becomes of shims that are silent or dead.
+
+A shim that has not registered within the grace time is dialled and, if it answers, adopted. While
+its process lives a shim is never given up: it is SILENT, and asked again. A process that ends is
+noticed through its pidfd, and the shim is buried at once. Which of these happened is a log line, a
+metric and an event of the namespace: topic ``/shims/adopted``, ``/shims/gone`` or ``/shims/void``
+with a ``theseus.shim.v1.Hello`` that describes the shim and its processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common import linux
+from services.common.errors import DeadlineExceeded, TheseusError, Unavailable
+from services.containerd.tasks.gone import GoneShim
+from services.containerd.tasks.journal import ExitNotice, ShimNotice
+from services.containerd.tasks.known import Standing
+from services.containerd.tasks.processes import ProcessHandle, ProcessId
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from services.common.background import Background
+    from services.containerd.tasks.gone import Epitaph
+    from services.containerd.tasks.journal import TaskJournal
+    from services.containerd.tasks.known import KnownShim
+    from services.containerd.tasks.metrics import TaskMetrics
+    from services.containerd.tasks.shim import ShimConnector
+    from services.containerd.tasks.undertaker import Undertaker
+
+log = structlog.get_logger(__name__)
+
+_REDIAL_MAX_S = 10.0
+_ASKED = frozenset({Standing.ADOPTING, Standing.SILENT})
+_TAKEN_CARE_OF = frozenset(
+    {Standing.STARTING, Standing.BURYING, Standing.GONE, Standing.REMOVING, Standing.REMOVED}
+)
+
+
+class Keeper:
+    """Follows each shim from the moment it is known to its end.
+
+    Args:
+        background: owns the tasks that follow.
+        journal: for events.
+        undertaker: for those that die.
+        connect: makes the way to a shim.
+        metrics: counts.
+        remove: takes one away that has no task.
+        grace_s: how long a shim has to register.
+    """
+
+    def __init__(
+        self,
+        *,
+        background: Background,
+        journal: TaskJournal,
+        undertaker: Undertaker,
+        connect: ShimConnector,
+        metrics: TaskMetrics,
+        remove: Callable[[KnownShim], Awaitable[bool]],
+        grace_s: float,
+    ) -> None:
+        self._background = background
+        self._journal = journal
+        self._undertaker = undertaker
+        self._connect = connect
+        self._metrics = metrics
+        self._remove = remove
+        self._grace_s = grace_s
+
+    def meet(self, known: KnownShim, process: ProcessId, address: str, version: str) -> None:
+        """Learn, or learn anew, which process a shim is and where it serves."""
+        known.version = version or known.version
+        self.find_way(known, address)
+        if known.process != process:
+            known.process = process
+            self._background.start(self._watch(known, process), name=f"watch {known.id}")
+
+    def find_way(self, known: KnownShim, address: str) -> None:
+        """Learn where a shim serves, or would."""
+        if known.address == address and known.shim is not None:
+            return
+        if known.shim is not None:
+            self._background.start(known.shim.close(), name=f"close {known.id}")
+        known.address = address
+        known.shim = self._connect(
+            namespace=known.namespace, container_id=known.id, address=address
+        )
+
+    def check(self, known: KnownShim) -> None:
+        """See to a shim that may have died while somebody else took care of it."""
+        if known.process is None or not known.process.alive():
+            self._background.start(self._settle_dead(known), name=f"bury {known.id}")
+
+    async def _watch(self, known: KnownShim, process: ProcessId) -> None:
+        """See the shim's process end, and settle what follows."""
+        handle = ProcessHandle.open(process)
+        if handle is not None:
+            with handle:
+                await handle.ended()
+        if known.process == process:
+            await self._settle_dead(known)
+
+    async def expect(self, known: KnownShim) -> None:
+        """Give the shim its grace time; then ask, again and again while its process lives."""
+        deadline = time.monotonic() + self._grace_s
+        while known.standing is Standing.EXPECTED:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                known.turn(Standing.ADOPTING)
+                break
+            await known.change(timeout_s=left_s)
+        pause_s = self._grace_s
+        while known.standing in _ASKED:
+            if await self._dial(known):
+                return
+            if known.process is None:  # it never said who it was, and nobody listens there
+                await self._settle_dead(known)
+                return
+            if known.standing is Standing.ADOPTING:
+                log.error("shim is silent", namespace=known.namespace, container=known.id)
+                known.turn(Standing.SILENT)
+            await known.change(timeout_s=pause_s)
+            pause_s = min(pause_s * 2, _REDIAL_MAX_S)
+
+    async def _dial(self, known: KnownShim) -> bool:
+        """Ask a shim that did not register; returns whether its fate is settled."""
+        assert known.shim is not None, "a shim that is expected has an address"
+        try:
+            info = await known.shim.connect()
+        except (Unavailable, DeadlineExceeded):
+            return known.standing not in _ASKED
+        except TheseusError as error:  # it answers, if only to say that it has no task
+            log.info("shim has no task", container=known.id, answer=error.message)
+            await self._remove(known)
+            return True
+        if known.standing in _ASKED:
+            if known.process is None:
+                start_time = await asyncio.to_thread(linux.process_start_time, info.shim_pid)
+                self.meet(
+                    known, ProcessId(info.shim_pid, start_time or 0), known.address, info.version
+                )
+            known.inherited = False
+            known.turn(Standing.REACHABLE)
+            await self._announce(known, "adopted")
+        return True
+
+    async def _settle_dead(self, known: KnownShim) -> None:
+        """Bury a shim whose process has ended, unless somebody is at work on it already."""
+        if known.standing in _TAKEN_CARE_OF:
+            return
+        pid = known.process.pid if known.process is not None else 0
+        reason = f"its shim (pid {pid}) has died" if pid else "its shim never came up"
+        await self._settle(known, "gone", reason)
+
+    async def settle_void(self, known: KnownShim) -> None:
+        """Bury a shim of another boot."""
+        await self._settle(known, "void", "the machine was restarted", same_boot=False)
+
+    async def _settle(
+        self, known: KnownShim, outcome: str, reason: str, *, same_boot: bool = True
+    ) -> None:
+        known.turn(Standing.BURYING)
+        if known.session is not None:
+            known.session.end()
+        if known.shim is not None:
+            await known.shim.close()
+        epitaph = await self._undertaker.bury(known, reason, same_boot=same_boot)
+        known.shim = GoneShim(epitaph)
+        await self._announce(known, outcome, epitaph)
+        if "" in epitaph.processes:
+            known.turn(Standing.GONE)
+        else:
+            await self._remove(known)
+
+    async def _announce(
+        self, known: KnownShim, outcome: str, epitaph: Epitaph | None = None
+    ) -> None:
+        self._metrics.settled.labels(outcome).inc()
+        words = {} if epitaph is None else epitaph.processes
+        log.warning(
+            "shim settled",
+            outcome=outcome,
+            namespace=known.namespace,
+            container=known.id,
+            reason="" if epitaph is None else epitaph.reason,
+            lost=[exec_id for exec_id, end in words.items() if end.exit is None],
+        )
+        notice = ShimNotice(
+            namespace=known.namespace,
+            id=known.id,
+            instance_id=known.instance_id,
+            pid=known.process.pid if known.process is not None else 0,
+            start_time=known.process.start_time if known.process is not None else 0,
+            bundle=str(known.bundle.path),
+            exits=tuple(ExitNotice(known.id, exec_id, end.exit) for exec_id, end in words.items()),
+        )
+        message = self._journal.codec.encode_shim(notice)
+        await self._journal.say(known.namespace, f"/shims/{outcome}", message)

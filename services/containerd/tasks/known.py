@@ -1,0 +1,141 @@
+"""One shim as containerd knows it: who it is, how it stands, and who waits for that to change.
+
+    STARTING ──▶ REACHABLE ───▶ REGISTERED          created by us, serves; its stream stands
+                                    │ stream broke
+    (start) ─────▶ EXPECTED ◀───────┘
+                     │ grace time over
+                     ▼
+                  ADOPTING ──▶ REACHABLE            it answered when dialled
+                     └───────▶ SILENT               its process lives and does not answer
+    any, its process ended ──▶ BURYING ──▶ GONE
+    any, its task deleted ───▶ REMOVING ─▶ REMOVED
+    any, a new stream ───────▶ REGISTERED
+
+A call to a shim that is EXPECTED, ADOPTING or BURYING waits: one of the others follows within the
+grace time and a little. A GONE shim still answers (see :mod:`.gone`), until its task is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from services.common.errors import Unavailable
+from services.containerd.tasks.shim import TaskNotFound
+
+if TYPE_CHECKING:
+    from services.containerd.tasks.bundle import Bundle
+    from services.containerd.tasks.processes import ProcessId
+    from services.containerd.tasks.registration import ShimSession
+    from services.containerd.tasks.shim import ProcessExit, Shim
+
+
+class Standing(Enum):
+    """How a shim stands; see the module's drawing."""
+
+    STARTING = "starting"
+    REACHABLE = "reachable"
+    REGISTERED = "registered"
+    EXPECTED = "expected"
+    ADOPTING = "adopting"
+    SILENT = "silent"
+    BURYING = "burying"
+    GONE = "gone"
+    REMOVING = "removing"
+    REMOVED = "removed"
+
+
+_ANSWERING = frozenset({Standing.REACHABLE, Standing.REGISTERED, Standing.GONE})
+_UNSETTLED = frozenset({Standing.EXPECTED, Standing.ADOPTING, Standing.BURYING})
+
+
+class KnownShim:
+    """One shim. Only the event loop touches it.
+
+    Attributes:
+        bundle: its place.
+        instance_id: of the bundle.
+        inherited: it was there when this containerd started.
+        process: the shim itself, once known.
+        address: where it serves, once known.
+        version: of its program, once known.
+        shim: the way to it, once it serves.
+        session: its registration stream, while that stands.
+        exits: how its processes ended, by exec id, as far as containerd was told.
+        removal: held by whoever removes it.
+    """
+
+    def __init__(self, bundle: Bundle, instance_id: str, standing: Standing) -> None:
+        self.bundle = bundle
+        self.instance_id = instance_id
+        self.inherited = standing is not Standing.STARTING
+        self.process: ProcessId | None = None
+        self.address = ""
+        self.version = ""
+        self.shim: Shim | None = None
+        self.session: ShimSession | None = None
+        self.exits: dict[str, ProcessExit] = {}
+        self.removal = asyncio.Lock()
+        self._standing = standing
+        self._changed = asyncio.Event()
+
+    @property
+    def namespace(self) -> str:
+        """containerd's namespace."""
+        return self.bundle.namespace
+
+    @property
+    def id(self) -> str:
+        """The container's id."""
+        return self.bundle.id
+
+    @property
+    def standing(self) -> Standing:
+        """How it stands now."""
+        return self._standing
+
+    def turn(self, standing: Standing) -> None:
+        """Change how it stands, and wake who waits for that."""
+        self._standing = standing
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def change(self, *, timeout_s: float | None = None) -> None:
+        """Return after the next change, or after the time limit."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    async def settled(self) -> None:
+        """Return once it is neither expected nor being adopted or buried."""
+        while self._standing in _UNSETTLED:
+            await self.change()
+
+    async def ready(self) -> Shim:
+        """The way to the shim, once it is settled.
+
+        Raises:
+            TaskNotFound: there is no task yet, or no more.
+            Unavailable: its process lives, and does not answer.
+        """
+        await self.settled()
+        if self._standing is Standing.SILENT:
+            raise Unavailable(
+                f"the shim of task '{self.id}' {_pid_text(self.process)} is alive and does not "
+                "answer; containerd keeps asking, so try again later",
+                retry_after_s=1.0,
+            )
+        if self._standing not in _ANSWERING or self.shim is None:
+            raise TaskNotFound(
+                f"task '{self.id}' not found in namespace '{self.namespace}'",
+                resource=("task", self.id),
+            )
+        return self.shim
+
+
+def _pid_text(process: ProcessId | None) -> str:
+    return "" if process is None else f"(pid {process.pid})"

@@ -1,0 +1,402 @@
+"""What clients ask of tasks: the methods behind ``containerd.services.tasks.v1.Tasks``.
+
+A task is a container's processes; its shim holds the truth about them, and is asked every time.
+Creation is undone as a whole when a step fails or the caller goes away; deletion, once the shim has
+deleted the container, is finished whatever happens to the caller or to containerd.
+
+A call that finds the shim away waits for it within the caller's deadline. ``wait`` is asked again
+by itself for as long as it takes, over restarts of the shim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from services.common.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    TheseusError,
+    Unavailable,
+)
+from services.containerd.identifiers import checked_identifier
+from services.containerd.tasks.factory import ShimRequest
+from services.containerd.tasks.journal import TOPIC_DELETE
+from services.containerd.tasks.known import Standing
+from services.containerd.tasks.shim import (
+    CreateTask,
+    ProcessExit,
+    ProcessState,
+    Stdio,
+    TaskNotFound,
+    TaskStatus,
+)
+from services.containerd.uninterrupted import uninterrupted
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+    from services.containerd.containers.store import Container, ContainerStore
+    from services.containerd.mounts import Mount
+    from services.containerd.tasks.bundle import Bundles
+    from services.containerd.tasks.factory import ShimLauncher
+    from services.containerd.tasks.journal import TaskJournal
+    from services.containerd.tasks.known import KnownShim
+    from services.containerd.tasks.metrics import TaskMetrics
+    from services.containerd.tasks.shim import ProcessInfo, Shim
+    from services.containerd.tasks.shims import ShimManager
+    from services.containerd.typed import TypedValue
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+OUR_RUNTIMES = (
+    "io.containerd.runc.v2",
+    "io.containerd.runtime.v1.linux",
+    "io.containerd.theseus.v1",
+)
+"""Runtime names of containers that our own shim runs."""
+
+_ASKED_AT_ONCE = 64
+_STATE_S = 2.0  # as upstream's io.containerd.timeout.task.state
+_WAIT_AGAIN_S = 0.05
+_WAIT_AGAIN_MAX_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """What a client gives for a new task. ``runtime`` overrides the container's, if not empty."""
+
+    rootfs: tuple[Mount, ...] = ()
+    stdio: Stdio = field(default_factory=Stdio)
+    checkpoint: str = ""
+    options: TypedValue | None = None
+    runtime: str = ""
+
+
+class TaskManager:
+    """Tasks of all namespaces.
+
+    Args:
+        containers: the records that tasks are made of.
+        bundles: where sockets of shims lie.
+        shims: the register.
+        launchers: who starts shims, by runtime name.
+        journal: for what is said in a dead shim's name.
+        metrics: counts.
+    """
+
+    def __init__(
+        self,
+        *,
+        containers: ContainerStore,
+        bundles: Bundles,
+        shims: ShimManager,
+        launchers: Mapping[str, ShimLauncher],
+        journal: TaskJournal,
+        metrics: TaskMetrics,
+    ) -> None:
+        self._containers = containers
+        self._bundles = bundles
+        self._shims = shims
+        self._launchers = launchers
+        self._journal = journal
+        self._metrics = metrics
+
+    async def create(self, namespace: str, container_id: str, request: TaskRequest) -> int:
+        """Make a container's task: bundle, shim, mounts, init; returns init's pid.
+
+        Raises:
+            NotFound: no such container, or nobody here knows its runtime.
+            InvalidArgument: the runtime's name or the spec is of no use.
+            AlreadyExists: it has a task.
+        """
+        container = await self._containers.get(namespace, container_id)
+        launcher = self._launcher(request.runtime or container.runtime_name)
+        if container.spec is None:
+            raise InvalidArgument(f"container '{container_id}' has no spec", field="spec")
+        async with AsyncExitStack() as undo:
+            known = await self._shims.begin(namespace, container_id, container.spec.value)
+            undo.push_async_callback(self._undo_create, known)
+            await self._launch(launcher, known)
+            assert known.shim is not None, "a shim that serves can be called"
+            pid = await known.shim.create(_create_request(known, container, request))
+            undo.pop_all()
+        self._shims.began(known)
+        return pid
+
+    async def delete(self, namespace: str, container_id: str) -> ProcessExit:
+        """Delete a task that has stopped, or never started, and its shim; returns how init ended.
+
+        Raises:
+            NotFound: no such container, or it has no task.
+            FailedPrecondition: it runs.
+            DataLoss: it is deleted; nobody can know how init ended.
+        """
+        await self._containers.get(namespace, container_id)
+        known = self._shims.get(namespace, container_id)
+        if known.standing is Standing.REMOVING:  # by another call, or an earlier one that failed
+            if await uninterrupted(self._shims.remove(known)) and "" in known.exits:
+                return known.exits[""]
+            raise _no_task(known)
+        lost: DataLoss | None = None
+        end: ProcessExit | None = None
+        try:
+            end = await self._delete_init(known)
+        except DataLoss as error:
+            lost = error
+        if end is not None and known.standing is Standing.GONE:
+            message = self._journal.codec.encode_delete(container_id, end)
+            await self._journal.say_for(namespace, known.instance_id, [(TOPIC_DELETE, message)])
+        note = {} if end is None else {"exit_status": end.exit_status}
+        await uninterrupted(self._shims.remove(known, note, clean=True))
+        if end is None:
+            raise lost or _no_task(known)
+        return end
+
+    async def delete_process(self, namespace: str, container_id: str, exec_id: str) -> ProcessExit:
+        """Delete an exec that has ended or never started; returns how it ended."""
+        if not exec_id:
+            raise InvalidArgument("exec id must not be empty", field="exec_id")
+        return await self._ask(namespace, container_id, lambda shim: shim.delete(exec_id))
+
+    async def start(self, namespace: str, container_id: str, exec_id: str = "") -> int:
+        """Start a process; returns its pid."""
+        return await self._ask(namespace, container_id, lambda shim: shim.start(exec_id))
+
+    async def get(self, namespace: str, container_id: str, exec_id: str = "") -> ProcessState:
+        """State of a process."""
+        return await self._ask(namespace, container_id, lambda shim: shim.state(exec_id))
+
+    async def states(self, namespace: str) -> list[ProcessState]:
+        """State of every task's init; UNKNOWN for one whose shim does not answer in time."""
+        states = await self._ask_all(self._shims.all(namespace), self._state_of)
+        return [state for state in states if state is not None]
+
+    async def kill(
+        self, namespace: str, container_id: str, exec_id: str, signal: int, *, every: bool = False
+    ) -> None:
+        """Send a signal to a process, or to all of the container."""
+        await self._ask(
+            namespace, container_id, lambda shim: shim.kill(exec_id, signal, every=every)
+        )
+
+    async def exec(
+        self, namespace: str, container_id: str, exec_id: str, stdio: Stdio, spec: TypedValue | None
+    ) -> None:
+        """Add a process."""
+        checked_identifier(exec_id, what="exec id", field="exec_id")
+        if spec is None:
+            raise InvalidArgument(f"exec '{exec_id}' has no spec", field="spec")
+        await self._ask(namespace, container_id, lambda shim: shim.exec(exec_id, stdio, spec))
+
+    async def resize(
+        self, namespace: str, container_id: str, exec_id: str, width: int, height: int
+    ) -> None:
+        """Set the size of a terminal."""
+        await self._ask(namespace, container_id, lambda shim: shim.resize(exec_id, width, height))
+
+    async def close_io(
+        self, namespace: str, container_id: str, exec_id: str, *, stdin: bool
+    ) -> None:
+        """Close a process' standard input, if ``stdin``."""
+        if stdin:
+            await self._ask(namespace, container_id, lambda shim: shim.close_io(exec_id))
+        else:
+            await self._ask(namespace, container_id, lambda shim: shim.state(exec_id))
+
+    async def pause(self, namespace: str, container_id: str) -> None:
+        """Freeze a container."""
+        await self._ask(namespace, container_id, lambda shim: shim.pause())
+
+    async def resume(self, namespace: str, container_id: str) -> None:
+        """Let a frozen container go on."""
+        await self._ask(namespace, container_id, lambda shim: shim.resume())
+
+    async def pids(self, namespace: str, container_id: str) -> list[ProcessInfo]:
+        """Every process of a container."""
+        return await self._ask(namespace, container_id, lambda shim: shim.pids())
+
+    async def checkpoint(
+        self, namespace: str, container_id: str, path: str, options: TypedValue | None
+    ) -> None:
+        """Save a container's state below ``path``."""
+        await self._ask(namespace, container_id, lambda shim: shim.checkpoint(path, options))
+
+    async def update(
+        self,
+        namespace: str,
+        container_id: str,
+        resources: TypedValue | None,
+        annotations: Mapping[str, str],
+    ) -> None:
+        """Change a container's resource limits."""
+        await self._ask(namespace, container_id, lambda shim: shim.update(resources, annotations))
+
+    async def metrics(
+        self, namespace: str, wanted: Callable[[str], bool]
+    ) -> list[tuple[str, int, TypedValue]]:
+        """(id, time in ns, figures) of the tasks whose id is ``wanted`` and that have any."""
+        shims = [known for known in self._shims.all(namespace) if wanted(known.id)]
+        found = await self._ask_all(shims, self._stats_of)
+        return [entry for entry in found if entry is not None]
+
+    async def wait(self, namespace: str, container_id: str, exec_id: str = "") -> ProcessExit:
+        """Return once a process has ended; outlives restarts of its shim.
+
+        Raises:
+            NotFound: there is no such task or exec.
+            DataLoss: it has ended and nobody can know how.
+        """
+        await self._containers.get(namespace, container_id)
+        known = self._shims.get(namespace, container_id)
+        pause_s = _WAIT_AGAIN_S
+        before = known.exits.get(exec_id)
+        while True:
+            try:
+                return await (await known.ready()).wait(exec_id)
+            except (Unavailable, DeadlineExceeded, Cancelled) as error:
+                log.debug("wait is asked again", container=container_id, reason=error.message)
+            except NotFound:
+                # It may have ended and been deleted while the question was on its way again.
+                end = known.exits.get(exec_id)
+                if end is None or end is before:
+                    raise
+                return end
+            await known.change(timeout_s=pause_s)
+            pause_s = min(pause_s * 2, _WAIT_AGAIN_MAX_S)
+
+    async def attach(
+        self,
+        namespace: str,
+        container_id: str,
+        requests: AsyncIterator[bytes],
+        *,
+        timeout_s: float | None,
+    ) -> AsyncIterator[bytes]:
+        """One ``Streams.Attach`` of a task's shim, its messages unparsed."""
+        shim = await self._shims.get(namespace, container_id).ready()
+        return shim.attach(requests, timeout_s=timeout_s)
+
+    async def _launch(self, launcher: ShimLauncher, known: KnownShim) -> None:
+        request = ShimRequest(
+            namespace=known.namespace,
+            id=known.id,
+            bundle=known.bundle.path,
+            socket=self._bundles.socket(known.namespace, known.id),
+            instance_id=known.instance_id,
+        )
+        with self._metrics.start_seconds.time():
+            address = await launcher.start_shim(request)
+        self._shims.served(known, address)
+
+    async def _undo_create(self, known: KnownShim) -> None:
+        await uninterrupted(self._remove_uncreated(known))
+
+    async def _remove_uncreated(self, known: KnownShim) -> None:
+        try:
+            if known.shim is not None:
+                # It may have come as far as a container, which nobody will ever ask for.
+                async with asyncio.timeout(_STATE_S):
+                    await known.shim.delete("")
+        except (TheseusError, TimeoutError):
+            log.debug("undone task had nothing to delete", container=known.id)
+        try:
+            await self._shims.remove(known)
+        except Exception:
+            # The first failure is the one to tell; the removal goes on with the next start.
+            log.exception("creation of a task is not undone", container=known.id)
+
+    async def _delete_init(self, known: KnownShim) -> ProcessExit | None:
+        """Have the shim delete init; None where it has no container."""
+        while True:
+            shim = await known.ready()
+            try:
+                return await shim.delete("")
+            except Unavailable as error:
+                log.debug("delete is asked again", container=known.id, reason=error.message)
+            except NotFound:  # it was deleted before, by a call that nobody heard the end of
+                return known.exits.get("")
+            await known.change(timeout_s=_WAIT_AGAIN_S)
+
+    async def _ask(
+        self, namespace: str, container_id: str, question: Callable[[Shim], Awaitable[T]]
+    ) -> T:
+        """Ask a task's shim, once it is there."""
+        await self._containers.get(namespace, container_id)
+        return await question(await self._shims.get(namespace, container_id).ready())
+
+    async def _ask_all(
+        self, shims: Sequence[KnownShim], question: Callable[[KnownShim], Awaitable[T]]
+    ) -> list[T]:
+        turns = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+        async def ask(known: KnownShim) -> T:
+            async with turns:
+                return await question(known)
+
+        return list(await asyncio.gather(*(ask(known) for known in shims)))
+
+    async def _state_of(self, known: KnownShim) -> ProcessState | None:
+        try:
+            async with asyncio.timeout(_STATE_S):
+                return await (await known.ready()).state("")
+        except NotFound:
+            return None
+        except (TimeoutError, TheseusError):
+            log.warning("state of a task is not known now", container=known.id)
+            return ProcessState(known.id, 0, TaskStatus.UNKNOWN)
+
+    async def _stats_of(self, known: KnownShim) -> tuple[str, int, TypedValue] | None:
+        collected_at_ns = time.time_ns()
+        try:
+            async with asyncio.timeout(_STATE_S):
+                return known.id, collected_at_ns, await (await known.ready()).stats()
+        except NotFound:
+            return None
+        except (TimeoutError, TheseusError) as error:
+            log.warning("figures of a task are not known now", container=known.id, error=str(error))
+            return None
+
+    def _launcher(self, runtime: str) -> ShimLauncher:
+        if not runtime:
+            raise InvalidArgument("the container names no runtime", field="runtime")
+        launcher = self._launchers.get(runtime)
+        if launcher is not None:
+            return launcher
+        if "/" in runtime or runtime.count(".") < 2:
+            raise InvalidArgument(
+                f"runtime '{runtime}' is not a name such as {OUR_RUNTIMES[0]}", field="runtime"
+            )
+        raise NotFound(
+            f"runtime '{runtime}' is not here; there are {', '.join(sorted(self._launchers))}",
+            resource=("runtime", runtime),
+        )
+
+
+def _create_request(known: KnownShim, container: Container, request: TaskRequest) -> CreateTask:
+    options = request.options
+    if options is None or not options.value:
+        options = container.runtime_options
+    return CreateTask(
+        bundle=str(known.bundle.path),
+        rootfs=request.rootfs,
+        stdio=request.stdio,
+        checkpoint=request.checkpoint,
+        options=options,
+    )
+
+
+def _no_task(known: KnownShim) -> TaskNotFound:
+    return TaskNotFound(
+        f"task '{known.id}' not found in namespace '{known.namespace}'", resource=("task", known.id)
+    )

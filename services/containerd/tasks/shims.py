@@ -1,0 +1,298 @@
+"""The register of shims: which there are, who has registered, and the way to each of them.
+
+At start the state directory names the shims to expect; what becomes of those that do not come is
+:mod:`.keeper`'s business. How a single shim stands is :mod:`.known`'s, its stream of events
+:mod:`.registration`'s, and how it ends :mod:`.undertaker`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import structlog
+
+from services.common import linux
+from services.common.background import Background
+from services.common.errors import AlreadyExists, Unavailable
+from services.containerd.tasks.gone import GoneShim
+from services.containerd.tasks.inheritance import look_around
+from services.containerd.tasks.keeper import Keeper
+from services.containerd.tasks.known import KnownShim, Standing
+from services.containerd.tasks.processes import ProcessId
+from services.containerd.tasks.registration import (
+    Hello,
+    ShimSession,
+    Welcome,
+    check_hello,
+    check_identity,
+)
+from services.containerd.tasks.scrape import scrape
+from services.containerd.tasks.shim import TaskNotFound
+from services.containerd.uninterrupted import uninterrupted
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from services.containerd.tasks.bundle import Bundles, ShimRecord
+    from services.containerd.tasks.factory import ShimAddress
+    from services.containerd.tasks.inheritance import FoundBundle
+    from services.containerd.tasks.journal import TaskJournal
+    from services.containerd.tasks.metrics import TaskMetrics
+    from services.containerd.tasks.shim import ShimConnector
+    from services.containerd.tasks.undertaker import Undertaker
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this run of containerd is, for shims: a random id, and a number that grows."""
+
+    containerd_id: str
+    epoch: int
+
+
+class ShimManager:
+    """Knows every shim of this containerd. ``async with`` loads them, and lets go of them.
+
+    Args:
+        bundles: where they are.
+        journal: for events.
+        undertaker: for those that end.
+        connect: makes the way to a shim.
+        metrics: counts.
+        identity: for Welcome.
+        grace_s: how long a shim has to register.
+    """
+
+    def __init__(
+        self,
+        *,
+        bundles: Bundles,
+        journal: TaskJournal,
+        undertaker: Undertaker,
+        connect: ShimConnector,
+        metrics: TaskMetrics,
+        identity: Identity,
+        grace_s: float = 5.0,
+    ) -> None:
+        self._bundles = bundles
+        self._journal = journal
+        self._undertaker = undertaker
+        self._metrics = metrics
+        self._identity = identity
+        self._shims: dict[tuple[str, str], KnownShim] = {}
+        self._background = Background()
+        self._keeper = Keeper(
+            background=self._background,
+            journal=journal,
+            undertaker=undertaker,
+            connect=connect,
+            metrics=metrics,
+            remove=self.remove,
+            grace_s=grace_s,
+        )
+        self._boot_id = linux.boot_id()
+        self._draining = False
+
+    async def __aenter__(self) -> Self:
+        for found in await asyncio.to_thread(look_around, self._bundles):
+            self._inherit(found)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.drain()
+        await self._background.stop()
+        for known in self._shims.values():
+            if known.shim is not None:
+                await known.shim.close()
+
+    def drain(self) -> None:
+        """Take no more registrations, and end those that stand: a successor is coming."""
+        self._draining = True
+        for known in self._shims.values():
+            if known.session is not None:
+                known.session.end(_draining())
+
+    def get(self, namespace: str, container_id: str) -> KnownShim:
+        """The shim of a container's task.
+
+        Raises:
+            TaskNotFound: it has none.
+        """
+        known = self._shims.get((namespace, container_id))
+        if known is None or known.standing is Standing.STARTING:
+            raise TaskNotFound(
+                f"task '{container_id}' not found in namespace '{namespace}'",
+                resource=("task", container_id),
+            )
+        return known
+
+    def all(self, namespace: str) -> list[KnownShim]:
+        """Every shim of a namespace that has a task, by id."""
+        return [
+            known
+            for (owner, _), known in sorted(self._shims.items())
+            if owner == namespace and known.standing is not Standing.STARTING
+        ]
+
+    async def begin(self, namespace: str, container_id: str, spec: bytes) -> KnownShim:
+        """Make the bundle of a new task; its shim is STARTING until ``began`` or ``remove``.
+
+        Raises:
+            AlreadyExists: the container has a task, or one is being made or deleted.
+            InvalidArgument: as ``Bundles.create``.
+        """
+        key = (namespace, container_id)
+        if key in self._shims:
+            raise AlreadyExists(
+                f"task '{container_id}' already exists in namespace '{namespace}': delete it first",
+                resource=("task", container_id),
+            )
+        bundle = self._bundles.find(namespace, container_id)
+        known = self._shims[key] = KnownShim(bundle, "", Standing.STARTING)
+        try:
+            record = await uninterrupted(
+                asyncio.to_thread(self._bundles.create, namespace, container_id, spec)
+            )
+        except asyncio.CancelledError:  # it may be there by now
+            await uninterrupted(asyncio.to_thread(bundle.remove))
+            del self._shims[key]
+            raise
+        except Exception:
+            del self._shims[key]
+            raise
+        known.instance_id = record.instance_id
+        return known
+
+    def served(self, known: KnownShim, address: ShimAddress) -> None:
+        """The shim of a new task serves."""
+        self._keeper.meet(known, address.process, address.address, address.version)
+
+    def began(self, known: KnownShim) -> None:
+        """The task of a new shim exists."""
+        known.turn(Standing.REACHABLE if known.session is None else Standing.REGISTERED)
+        self._keeper.check(known)
+
+    async def register(self, hello: Hello) -> tuple[Welcome, ShimSession]:
+        """Take in a shim that says Hello; ends the session that it had before.
+
+        Raises:
+            InvalidArgument, FailedPrecondition: as ``check_hello``.
+            NotFound: there is no such bundle here.
+            Unavailable: this containerd is about to end.
+        """
+        if self._draining:
+            raise _draining()
+        check_hello(hello, boot_id=self._boot_id)
+        known = check_identity(hello, self._shims.get((hello.namespace, hello.id)))
+        progress = await self._journal.progress(hello.instance_id)
+        check_identity(hello, known)  # it may have been given up meanwhile
+        session = ShimSession(known, self._journal, progress=progress, closed=self._session_closed)
+        if known.session is not None:
+            known.session.replace()
+        self._enrol(known, session, hello)
+        return Welcome(self._identity.containerd_id, self._identity.epoch, progress), session
+
+    async def remove(
+        self, known: KnownShim, note: dict[str, Any] | None = None, *, clean: bool = False
+    ) -> bool:
+        """Take a task's shim and bundle away (see ``Undertaker.remove``).
+
+        Returns:
+            False if another call has done it meanwhile.
+        """
+        async with known.removal:
+            if known.standing is Standing.REMOVED:
+                return False
+            known.turn(Standing.REMOVING)
+            await self._undertaker.remove(known, note or {}, clean=clean)
+            if known.session is not None:
+                known.session.end()
+            del self._shims[known.namespace, known.id]
+            known.turn(Standing.REMOVED)
+            return True
+
+    async def scrape(self, *, timeout_s: float = 0.5) -> bytes:
+        """The metrics of all shims in one page; those that do not answer in time are counted."""
+        standing = dict.fromkeys(Standing, 0)
+        for known in self._shims.values():
+            standing[known.standing] += 1
+        for kind, count in standing.items():
+            self._metrics.known.labels(kind.value).set(count)
+        shims = [
+            (known.namespace, known.id, known.shim)
+            for known in self._shims.values()
+            if known.shim is not None
+        ]
+        page, unanswered = await scrape(shims, timeout_s=timeout_s)
+        self._metrics.unanswered.inc(unanswered)
+        return page
+
+    def _inherit(self, found: FoundBundle) -> None:
+        bundle = found.bundle
+        instance_id = found.record.instance_id if found.record is not None else ""
+        known = KnownShim(bundle, instance_id, Standing.EXPECTED)
+        self._shims[bundle.namespace, bundle.id] = known
+        name = f"shim {bundle.id}"
+        if found.record is None or found.deletion is not None:
+            log.info("removal of a task goes on", namespace=bundle.namespace, container=bundle.id)
+            self._background.start(self.remove(known, found.deletion), name=name)
+        elif found.epitaph is not None:
+            known.shim = GoneShim(found.epitaph)
+            known.turn(Standing.GONE)
+        elif found.record.boot_id != self._boot_id:
+            self._background.start(self._keeper.settle_void(known), name=name)
+        else:
+            self._expect_inherited(known, found.record)
+
+    def _expect_inherited(self, known: KnownShim, record: ShimRecord) -> None:
+        if record.pid:
+            process = ProcessId(record.pid, record.start_time)
+            self._keeper.meet(known, process, f"unix://{record.socket}", "")
+        else:
+            self._keeper.find_way(known, f"unix://{record.socket}")
+        self._background.start(self._keeper.expect(known), name=f"expect {known.id}")
+
+    def _enrol(self, known: KnownShim, session: ShimSession, hello: Hello) -> None:
+        known.session = session
+        self._metrics.registrations.inc()
+        self._keeper.meet(
+            known, ProcessId(hello.pid, hello.start_time), hello.address, hello.version
+        )
+        for process in hello.processes:
+            if process.exit is not None:
+                known.exits[process.exec_id] = process.exit
+        if known.standing in (Standing.STARTING, Standing.REMOVING):
+            return
+        if known.inherited and not hello.processes:
+            # containerd ended while it made this task: nobody was ever told of it.
+            log.warning("shim without a task is removed", namespace=known.namespace, id=known.id)
+            self._metrics.settled.labels("removed").inc()
+            self._background.start(self.remove(known), name=f"remove {known.id}")
+            return
+        if known.standing is not Standing.REACHABLE:
+            self._metrics.settled.labels("registered").inc()
+            log.info("shim registered", namespace=known.namespace, container=known.id)
+        known.inherited = False
+        known.turn(Standing.REGISTERED)
+
+    def _session_closed(self, session: ShimSession) -> None:
+        known = session.known
+        if known.session is not session:
+            return
+        known.session = None
+        if known.standing is Standing.REGISTERED and not self._draining:
+            known.turn(Standing.EXPECTED)
+            self._background.start(self._keeper.expect(known), name=f"expect {known.id}")
+
+
+def _draining() -> Unavailable:
+    return Unavailable("containerd is being replaced: register again")

@@ -1,0 +1,198 @@
+"""The end of shims: burial of one that died, removal of one whose task is deleted.
+
+Burial keeps what is true about the processes and takes away what is left of them:
+
+    spool -> journal · processes killed · how they ended -> journal · runtime's leftovers, mounts
+    -> gone.json
+
+A process that still ran when its shim had died is killed here, and the kernel tells how it ended
+(``PIDFD_GET_INFO``), so that is true as well. Where no record exists, the status is lost, and the
+event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
+
+Removal: ``deleting`` written · shim told to go, then killed · spool -> journal · leftovers, mounts,
+bundle. Both sequences can be repeated from the start after a crash at any step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from services.common.background import Background
+from services.common.errors import TheseusError
+from services.containerd.tasks.bundle import GONE_FILE, unmount_beneath
+from services.containerd.tasks.gone import Epitaph, LastWords
+from services.containerd.tasks.journal import TOPIC_EXIT, TOPIC_LOST, ExitNotice
+from services.containerd.tasks.processes import ProcessHandle
+from services.containerd.tasks.registration import note_events
+from services.containerd.tasks.remains import (
+    RemainingProcess,
+    Remains,
+    delete_container,
+    read_remains,
+    read_spool,
+)
+from services.containerd.tasks.shim import ProcessExit
+
+if TYPE_CHECKING:
+    from services.containerd.tasks.journal import TaskJournal
+    from services.containerd.tasks.known import KnownShim
+    from services.containerd.tasks.shim import Shim
+
+log = structlog.get_logger(__name__)
+
+_KILL_S = 5.0
+_REAP_S = 2.0
+_REAP_POLL_S = 0.01
+_GO_S = 5.0
+
+
+class Undertaker:
+    """Buries and removes. One call at a time for one shim.
+
+    Args:
+        journal: takes what the dead have to say.
+    """
+
+    def __init__(self, journal: TaskJournal) -> None:
+        self._journal = journal
+
+    async def bury(self, known: KnownShim, reason: str, *, same_boot: bool = True) -> Epitaph:
+        """Settle what a shim whose process is gone has left.
+
+        Args:
+            known: the shim; its ``exits`` are brought up to date.
+            reason: why there is no shim, as a clause.
+            same_boot: whether its pids can still mean its processes.
+
+        Returns:
+            How the processes ended. Without any, the container was never made.
+        """
+        await self.drain(known)
+        journaled = await self._journal.exits(known.instance_id)
+        remains = await asyncio.to_thread(read_remains, known.bundle)
+        if remains is None:  # the journal is all that there is to go by
+            remains = Remains({exec_id: RemainingProcess(exec_id, 0, 0) for exec_id in journaled})
+        words = {
+            exec_id: LastWords(remains.processes[exec_id].pid, end, "" if end else reason)
+            for exec_id, end in journaled.items()
+            if exec_id in remains.processes
+        }
+        untold = [
+            process
+            for exec_id, process in remains.processes.items()
+            if exec_id not in journaled and process.pid  # without a pid it was never started
+        ]
+        words |= await self._end_processes(known, untold, reason, kill=same_boot)
+        known.exits |= {exec_id: w.exit for exec_id, w in words.items() if w.exit is not None}
+        await delete_container(remains, known.id)
+        epitaph = Epitaph(known.id, reason, words)
+        await asyncio.to_thread(_close_grave, known, epitaph)
+        return epitaph
+
+    async def remove(self, known: KnownShim, note: dict[str, Any], *, clean: bool) -> None:
+        """Take away shim and bundle.
+
+        Args:
+            known: the shim.
+            note: goes into the ``deleting`` file.
+            clean: the shim has deleted the container already.
+        """
+        await asyncio.to_thread(_mark, known, note)
+        await self._send_away(known)
+        await self.drain(known)
+        if not clean:
+            remains = await asyncio.to_thread(read_remains, known.bundle)
+            if remains is not None:
+                await delete_container(remains, known.id)
+        await asyncio.to_thread(known.bundle.remove)
+        await self._journal.forget(known.instance_id)
+
+    async def drain(self, known: KnownShim) -> None:
+        """Journal what is on the spool of a shim that does not send any more."""
+        events = await asyncio.to_thread(
+            read_spool, known.bundle, self._journal.codec.decode_spooled
+        )
+        if events:
+            await self._journal.record(known.namespace, known.instance_id, events)
+            note_events(known, events, self._journal)
+
+    async def _send_away(self, known: KnownShim) -> None:
+        """See the shim's process end: asked first, then killed."""
+        process = known.process or await asyncio.to_thread(known.bundle.process)
+        handle = None if process is None else ProcessHandle.open(process)
+        if handle is not None:
+            with handle:
+                async with Background() as background:
+                    if known.shim is not None:
+                        background.start(_ask_to_go(known.shim), name=f"shutdown {known.id}")
+                        try:
+                            async with asyncio.timeout(_GO_S):
+                                await handle.ended()
+                        except TimeoutError:
+                            log.warning("shim does not go", container=known.id)
+                if not await handle.kill(timeout_s=_KILL_S):
+                    log.error("shim cannot be killed", container=known.id, pid=handle.process.pid)
+        if known.shim is not None:
+            await known.shim.close()
+
+    async def _end_processes(
+        self, known: KnownShim, processes: list[RemainingProcess], reason: str, *, kill: bool
+    ) -> dict[str, LastWords]:
+        """Kill what still runs and say how each ended; init is the last to be told of."""
+        ordered = sorted(processes, key=lambda process: process.exec_id == "")
+        ends = await asyncio.gather(*(_end(process, reason, kill=kill) for process in ordered))
+        words = {process.exec_id: end for process, end in zip(ordered, ends, strict=True)}
+        messages = []
+        for exec_id, end in words.items():
+            notice = ExitNotice(known.id, exec_id, end.exit)
+            topic = TOPIC_LOST if end.exit is None else TOPIC_EXIT
+            messages.append((topic, self._journal.codec.encode_exit(notice)))
+        if messages:
+            await self._journal.say_for(known.namespace, known.instance_id, messages)
+        return words
+
+
+async def _end(process: RemainingProcess, reason: str, *, kill: bool) -> LastWords:
+    """How one process ended, made to end if it still runs."""
+    if process.exit is not None:
+        return LastWords(process.pid, process.exit)
+    identity = process.identity()
+    handle = ProcessHandle.open(identity) if identity is not None and kill else None
+    if handle is None:
+        return LastWords(process.pid, lost=process.lost or f"it ended unseen after {reason}")
+    with handle:
+        if not await handle.kill(timeout_s=_KILL_S):
+            return LastWords(process.pid, lost=f"it does not end after SIGKILL, and {reason}")
+        status = await _status_once_reaped(handle)
+    if status is None:
+        return LastWords(process.pid, lost=f"it was killed because {reason}; no record was kept")
+    return LastWords(process.pid, ProcessExit(status, time.time_ns(), process.pid))
+
+
+async def _status_once_reaped(handle: ProcessHandle) -> int | None:
+    """The kernel's record, which is there once the new parent has reaped the process."""
+    deadline = time.monotonic() + _REAP_S
+    while (status := handle.exit_status()) is None and time.monotonic() < deadline:  # noqa: ASYNC110 - no event tells of the reaping
+        await asyncio.sleep(_REAP_POLL_S)
+    return status
+
+
+async def _ask_to_go(shim: Shim) -> None:
+    try:
+        await shim.shutdown(now=True)
+    except TheseusError as error:  # it may be gone before it answers
+        log.debug("shutdown of a shim not answered", reason=error.message)
+
+
+def _mark(known: KnownShim, note: dict[str, Any]) -> None:
+    if known.bundle.exists():
+        known.bundle.begin_deletion(note)
+
+
+def _close_grave(known: KnownShim, epitaph: Epitaph) -> None:
+    unmount_beneath(known.bundle.path)
+    known.bundle.write_json(GONE_FILE, epitaph.to_json())

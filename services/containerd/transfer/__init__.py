@@ -1,0 +1,1 @@
+"""Transfers: images from registries and archives into the stores, and back."""

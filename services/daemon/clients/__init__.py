@@ -1,0 +1,1 @@
+"""Adapters to containerd: they implement the domain's interfaces, and protobuf stops here."""

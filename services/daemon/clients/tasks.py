@@ -1,0 +1,150 @@
+"""containerd's tasks."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import any_pb2
+
+from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
+from protos.containerd.services.tasks.v1 import tasks_pb2_grpc
+from protos.containerd.types import mount_pb2
+from protos.containerd.types.task import task_pb2
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+)
+from services.daemon.clients.connection import TIMEOUT_S
+from services.daemon.clients.containers import PROCESS_TYPE, runtime_options
+from services.daemon.containers.runtime import TaskProcess, TaskStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from services.daemon.clients.connection import Connection
+    from services.daemon.containers.runtime import RootMount, Stdio
+
+_CREATE_TIMEOUT_S = 60.0
+_STATUS = {
+    task_pb2.CREATED: TaskStatus.CREATED,
+    task_pb2.RUNNING: TaskStatus.RUNNING,
+    task_pb2.STOPPED: TaskStatus.STOPPED,
+    task_pb2.PAUSED: TaskStatus.PAUSED,
+    task_pb2.PAUSING: TaskStatus.RUNNING,
+}
+
+
+class ContainerdTasks:
+    """:class:`services.daemon.containers.runtime.Tasks` on containerd."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._stub = tasks_pb2_grpc.TasksStub(connection.channel)
+
+    async def create(
+        self, container_id: str, *, rootfs: Sequence[RootMount], stdio: Stdio, runtime: str
+    ) -> int:
+        """See the interface."""
+        request = pb.CreateTaskRequest(
+            container_id=container_id,
+            rootfs=[
+                mount_pb2.Mount(
+                    type=mount.type,
+                    source=mount.source,
+                    target=mount.target,
+                    options=mount.options,
+                )
+                for mount in rootfs
+            ],
+            stdin=stdio.stdin,
+            stdout=stdio.stdout,
+            stderr=stdio.stderr,
+            terminal=stdio.terminal,
+            options=runtime_options(runtime),
+        )
+        try:
+            with self._connection.calls():
+                answer = await self._stub.Create(request, timeout=_CREATE_TIMEOUT_S)
+        except AlreadyExists:
+            present = await self.get(container_id)
+            if present.status is not TaskStatus.CREATED:
+                raise
+            return present.pid
+        return answer.pid
+
+    async def start(self, container_id: str, exec_id: str = "") -> int:
+        """See the interface."""
+        request = pb.StartRequest(container_id=container_id, exec_id=exec_id)
+        try:
+            with self._connection.calls():
+                answer = await self._stub.Start(request, timeout=_CREATE_TIMEOUT_S)
+        except FailedPrecondition:  # an answer was lost, and the call made again
+            present = await self.get(container_id, exec_id)
+            if present.status is not TaskStatus.RUNNING:
+                raise
+            return present.pid
+        return answer.pid
+
+    async def exec(
+        self, container_id: str, exec_id: str, *, process: Mapping[str, Any], stdio: Stdio
+    ) -> None:
+        """See the interface."""
+        request = pb.ExecProcessRequest(
+            container_id=container_id,
+            exec_id=exec_id,
+            spec=any_pb2.Any(type_url=PROCESS_TYPE, value=json.dumps(process).encode()),
+            stdin=stdio.stdin,
+            stdout=stdio.stdout,
+            stderr=stdio.stderr,
+            terminal=stdio.terminal,
+        )
+        with self._connection.calls():
+            await self._stub.Exec(request, timeout=_CREATE_TIMEOUT_S)
+
+    async def kill(self, container_id: str, signal: int, exec_id: str = "") -> None:
+        """See the interface."""
+        request = pb.KillRequest(container_id=container_id, exec_id=exec_id, signal=signal)
+        with self._connection.calls():
+            await self._stub.Kill(request, timeout=TIMEOUT_S)
+
+    async def get(self, container_id: str, exec_id: str = "") -> TaskProcess:
+        """See the interface."""
+        request = pb.GetRequest(container_id=container_id, exec_id=exec_id)
+        with self._connection.calls():
+            answer = await self._stub.Get(request, timeout=TIMEOUT_S)
+        process = answer.process
+        return TaskProcess(
+            pid=process.pid,
+            status=_STATUS.get(process.status, TaskStatus.UNKNOWN),
+            exit_code=process.exit_status,
+            exited_at_ns=process.exited_at.ToNanoseconds(),
+        )
+
+    async def wait_end(self, container_id: str, exec_id: str = "", *, timeout_s: float) -> None:
+        """See the interface."""
+        request = pb.WaitRequest(container_id=container_id, exec_id=exec_id)
+        with self._connection.calls():
+            await self._stub.Wait(request, timeout=timeout_s)
+
+    async def resize(self, container_id: str, width: int, height: int, exec_id: str = "") -> None:
+        """See the interface."""
+        request = pb.ResizePtyRequest(
+            container_id=container_id, exec_id=exec_id, width=width, height=height
+        )
+        with self._connection.calls():
+            await self._stub.ResizePty(request, timeout=TIMEOUT_S)
+
+    async def delete(self, container_id: str, exec_id: str = "") -> None:
+        """See the interface."""
+        try:
+            with self._connection.calls():
+                if exec_id:
+                    process = pb.DeleteProcessRequest(container_id=container_id, exec_id=exec_id)
+                    await self._stub.DeleteProcess(process, timeout=TIMEOUT_S)
+                else:
+                    task = pb.DeleteTaskRequest(container_id=container_id)
+                    await self._stub.Delete(task, timeout=TIMEOUT_S)
+        except NotFound:
+            return

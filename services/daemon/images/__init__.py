@@ -1,0 +1,1 @@
+"""Images as users name them. Start at :mod:`services.daemon.images.store`."""

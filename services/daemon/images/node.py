@@ -1,0 +1,124 @@
+"""What images need from containerd: its interfaces, and the data that goes over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What an image's name points to."""
+
+    media_type: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NamedImage:
+    """One name in containerd's image store."""
+
+    name: str
+    target: Descriptor
+    updated_at_ns: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferProgress:
+    """One report of a transfer, in containerd's words (``downloading``, ``extracting``, ...).
+
+    Attributes:
+        name: of the object; empty for the transfer as a whole.
+        digest: of the blob; empty when the report is about no blob.
+        media_type: of that blob.
+        total_bytes: 0 when not known.
+    """
+
+    event: str
+    name: str = ""
+    digest: str = ""
+    media_type: str = ""
+    current_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """For which machine."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.os, self.architecture, self.variant)
+        return "/".join(part for part in parts if part)
+
+
+class ImageNames(Protocol):
+    """Names of images."""
+
+    async def list_all(self) -> list[NamedImage]:
+        """All of them."""
+
+    async def get(self, name: str) -> NamedImage | None:
+        """One, or None."""
+
+    async def put(self, image: NamedImage) -> None:
+        """Record a name, or have it point somewhere else."""
+
+    async def delete(self, name: str, *, collect: bool) -> None:
+        """Forget a name; with ``collect``, return only after what it alone kept is gone.
+
+        One that is not there is no error.
+        """
+
+
+class Content(Protocol):
+    """Blobs."""
+
+    async def read(self, digest: str, *, limit_bytes: int) -> bytes:
+        """A whole blob.
+
+        Raises:
+            NotFound: it is not here.
+            DataLoss: it is larger than ``limit_bytes``.
+        """
+
+
+class ImageTransfer(Protocol):
+    """Ways of images into the node. Progress is reported while a transfer runs."""
+
+    async def pull(
+        self,
+        reference: str,
+        *,
+        platform: Platform,
+        snapshotter: str,
+        progress: Callable[[TransferProgress], None],
+    ) -> None:
+        """Fetch an image from its registry, unpack it, record its name."""
+
+    async def load(
+        self,
+        archive: AsyncIterator[bytes],
+        *,
+        untagged: str,
+        platform: Platform,
+        snapshotter: str,
+        progress: Callable[[TransferProgress], None],
+    ) -> None:
+        """Take in an archive, unpack and record its images.
+
+        Args:
+            archive: the pieces of the file.
+            untagged: images without a name get this one, with their digest.
+            platform: what to unpack.
+            snapshotter: where to.
+            progress: told of each image that is recorded as an event ``saved`` with its name.
+        """

@@ -1,0 +1,1 @@
+"""The daemon's database, ``<root>/daemon.db``: the only code with SQL in it."""

@@ -1,0 +1,1 @@
+"""The services that a shim calls: the registry of containerd."""

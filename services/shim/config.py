@@ -1,0 +1,92 @@
+"""What one shim is told at its birth, and the checks on it.
+
+A shim is told once, by the factory's request or by the arguments of ``theseus-shim serve``; nothing
+is read from a configuration file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from services.common.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_TEXT_MAX_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ShimConfig:
+    """Settings of one shim.
+
+    Attributes:
+        namespace: containerd namespace of its containers.
+        id: id of the shim: that of its container, or of the group.
+        bundle: its directory (see ``bundle.py``).
+        socket: Unix socket that it serves on.
+        registry: containerd's socket, where it registers; no file need be there yet.
+        instance_id: 32 hex digits that name this bundle's shim for ever, whatever process it is.
+        default_runtime: OCI runtime of containers whose options name none.
+        request_id: request that it is started for, for the log.
+        log_level: one of debug, info, warning, error.
+        runtime_timeout_s: time after which a runtime that has not answered is killed.
+        linger_s: time that a shim without containers waits for Shutdown before it ends by itself.
+    """
+
+    namespace: str
+    id: str
+    bundle: Path
+    socket: Path
+    registry: Path
+    instance_id: str
+    default_runtime: str = "runc"
+    request_id: str = ""
+    log_level: str = "info"
+    runtime_timeout_s: float = 60.0
+    linger_s: float = 10.0
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, object]) -> ShimConfig:
+        """The settings that a factory request holds; keys that are not known are ignored.
+
+        Raises:
+            InvalidArgument: one is missing, of the wrong type, or out of bounds.
+        """
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            if field.name in request:
+                values[field.name] = _checked(field.name, request[field.name])
+            elif field.name in _REQUIRED:
+                raise InvalidArgument(f"'{field.name}' is missing", field=field.name)
+        if values.get("log_level", "info") not in _LOG_LEVELS:
+            raise InvalidArgument(
+                f"'log_level' must be one of {', '.join(_LOG_LEVELS)}", field="log_level"
+            )
+        return cls(**values)  # type: ignore[arg-type]  # _checked gave each its type
+
+
+_PATHS = frozenset({"bundle", "socket", "registry"})
+_SECONDS = frozenset({"runtime_timeout_s", "linger_s"})
+_REQUIRED = frozenset({"namespace", "id", "bundle", "socket", "registry", "instance_id"})
+
+
+def _checked(name: str, value: object) -> object:
+    if name in _SECONDS:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise InvalidArgument(f"'{name}' must be a positive number", field=name)
+        return float(value)
+    if not isinstance(value, str):
+        raise InvalidArgument(f"'{name}' must be a string", field=name)
+    if len(value) > _TEXT_MAX_BYTES or "\0" in value:
+        raise InvalidArgument(f"'{name}' is longer than a path, or holds a NUL", field=name)
+    if name in _PATHS:
+        if not value.startswith("/"):
+            raise InvalidArgument(f"'{name}' must be an absolute path", field=name)
+        return Path(value)
+    if name in _REQUIRED and not value:
+        raise InvalidArgument(f"'{name}' is empty", field=name)
+    return value

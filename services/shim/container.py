@@ -1,0 +1,557 @@
+"""One container: its init process, its exec processes, and what becomes of them.
+
+Every change goes the same way: ask the table, run the runtime, move on, write the state, emit the
+event. Rules that the order of lines below keeps:
+
+* An exit is handled under the process' lock, so that it waits for a start under way: the start is
+  told before the exit.
+* Init's exit is told last: what is left in the container is killed, and the exits of exec processes
+  are told, before it.
+* The exit record is on the spool first; then what is left in the pipes goes to the log (so that
+  whoever hears of the exit finds the log complete), and then it is told.
+* The runtime's ``delete`` and the unmounting happen after that, on their own; Delete waits for them
+  and repeats what failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    TheseusError,
+)
+from services.shim import bundle as bundles
+from services.shim import cgroups, events, mounts
+from services.shim.events import Event
+from services.shim.process import Action, ExitRecord, Process, Status
+from services.shim.stdio.console import ConsoleSocket
+from services.shim.stdio.process_io import ProcessIo, open_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from services.common.background import Background
+    from services.shim.bundle import Bundle
+    from services.shim.events import EventSink
+    from services.shim.metrics import ShimMetrics
+    from services.shim.mounts import Mount
+    from services.shim.reaper import Exit, Reaper, Window
+    from services.shim.runtimes.runtime import Runtime, RuntimeOptions
+    from services.shim.stdio.uris import Stdio
+
+log = structlog.get_logger(__name__)
+
+_SETTLE_LIMIT_S = 2.0
+_EXECS_LIMIT_S = 10.0
+_EXIT_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a container shares with the others of its shim."""
+
+    namespace: str
+    reaper: Reaper
+    events: EventSink
+    metrics: ShimMetrics
+    background: Background
+
+
+class Container:
+    """A container that was created and not yet deleted. Made by :func:`create_container`."""
+
+    def __init__(
+        self,
+        container_id: str,
+        *,
+        bundle: Bundle,
+        runtime: Runtime,
+        options: RuntimeOptions,
+        stdio: Stdio,
+        rootfs: Sequence[Mount],
+        surroundings: Surroundings,
+        changed: Callable[[], None],
+    ) -> None:
+        self.id = container_id
+        self.bundle = bundle
+        self.runtime = runtime
+        self.options = options
+        self.init = Process(container_id, "", stdio)
+        self.execs: dict[str, Process] = {}
+        self.cgroup: cgroups.Cgroup | None = None
+        self._rootfs = tuple(rootfs)
+        self._around = surroundings
+        self._changed = changed
+        self._specs: dict[str, dict[str, Any]] = {}
+        self._own_pid_namespace = False
+        self._init_is_gone = False
+        self._oom_kills = 0
+        self._cleanup: asyncio.Task[None] | None = None
+
+    def process(self, exec_id: str) -> Process:
+        """Init (empty ``exec_id``) or an exec process.
+
+        Raises:
+            NotFound: there is no such process.
+        """
+        if not exec_id:
+            return self.init
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            raise NotFound(
+                f"container '{self.id}' has no process '{exec_id}'", resource=("exec", exec_id)
+            ) from None
+
+    def status(self, process: Process) -> Status:
+        """State of a process: one that runs in a frozen container is frozen."""
+        if self.init.status is Status.PAUSED and process.status is Status.RUNNING:
+            return Status.PAUSED
+        return Status.STOPPED if process.status is Status.DELETED else process.status
+
+    async def create(self) -> None:
+        """Mount, open the streams, run ``create``; on a failure all is undone.
+
+        Raises:
+            FailedPrecondition: bundle, mounts, streams or runtime are not as they should be.
+            InvalidArgument: a stream's URI, or the command (see the runtime).
+        """
+        around = self._around
+        began = time.monotonic()
+        self._own_pid_namespace = bundles.has_own_pid_namespace(self.bundle.read_spec())
+        async with AsyncExitStack() as undo:
+            if self._rootfs:
+                await asyncio.to_thread(self._mount)
+                undo.push_async_callback(_tolerated, self._unmount)
+            self.init.io = await self._open_io(self.init.stdio)
+            undo.push_async_callback(self.init.io.close, drain=False)
+            self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
+            with around.reaper.window() as window:
+                undo.push_async_callback(_tolerated, self._force_delete)
+                pid, master = await self._run_create()
+                self._take_init(pid, master, window)
+            undo.pop_all()
+        around.metrics.create_seconds.observe(time.monotonic() - began)
+
+    async def start(self, process: Process) -> None:
+        """Start init, or run an exec process.
+
+        Raises:
+            FailedPrecondition: it was started, or init has ended.
+        """
+        async with process.lock:
+            process.check(Action.START)
+            began = time.monotonic()
+            if process is self.init:
+                await self.runtime.start()
+                self._started(process, events.TASK_START, {"container_id": self.id})
+                self._around.metrics.start_seconds.observe(time.monotonic() - began)
+            else:
+                await self._start_exec(process)
+                self._around.metrics.exec_seconds.observe(time.monotonic() - began)
+
+    def add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> None:
+        """Add a process that ``start`` will run.
+
+        Args:
+            exec_id: its id, unique in the container.
+            spec: the OCI spec's ``process`` object.
+            stdio: its streams.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            FailedPrecondition: the container is paused or has ended.
+        """
+        if not exec_id or "/" in exec_id or exec_id in (".", "..") or len(exec_id) > 128:
+            raise InvalidArgument(f"exec id '{exec_id}' is not usable", field="exec_id")
+        if exec_id in self.execs:
+            raise AlreadyExists(
+                f"container '{self.id}' has a process '{exec_id}' already",
+                resource=("exec", exec_id),
+            )
+        self.init.check(Action.EXEC)
+        self.execs[exec_id] = Process(self.id, exec_id, stdio)
+        self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
+        self._emit(events.TASK_EXEC_ADDED, {"container_id": self.id, "exec_id": exec_id})
+
+    async def kill(self, process: Process, signum: int, *, all_processes: bool) -> None:
+        """Signal a process, or everything in the container.
+
+        Raises:
+            NotFound: it has ended.
+        """
+        process.check(Action.KILL)
+        if process is self.init and all_processes:
+            await self.runtime.kill(signum, all_processes=True)
+            return
+        process.send_signal(signum)
+        if signum == signal.SIGKILL and self.init.status is Status.PAUSED:
+            # A frozen v1 cgroup keeps even this signal waiting; what is killed need not be frozen.
+            with contextlib.suppress(TheseusError):
+                await self.runtime.resume()
+
+    async def pause(self) -> None:
+        """Freeze the container."""
+        async with self.init.lock:
+            self.init.check(Action.PAUSE)
+            await self.runtime.pause()
+            self.init.apply(Action.PAUSE)
+            self._changed()
+            self._emit(events.TASK_PAUSED, {"container_id": self.id})
+
+    async def resume(self) -> None:
+        """Let a frozen container go on."""
+        async with self.init.lock:
+            self.init.check(Action.RESUME)
+            await self.runtime.resume()
+            self.init.apply(Action.RESUME)
+            self._changed()
+            self._emit(events.TASK_RESUMED, {"container_id": self.id})
+
+    async def update(self, resources: Mapping[str, Any]) -> None:
+        """Change the limits to ``resources``, the OCI spec's object."""
+        async with self.init.lock:
+            self.init.check(Action.UPDATE)
+            name = "resources.json"
+            self.bundle.write(name, resources)
+            try:
+                await self.runtime.update(self.bundle.path / name)
+            finally:
+                (self.bundle.path / name).unlink(missing_ok=True)
+
+    def pids(self) -> list[int]:
+        """Everything that runs in the container; init's pid until it is deleted."""
+        if self.init.status is Status.STOPPED:
+            return [self.init.pid]
+        if self.cgroup is not None and self.cgroup.own:
+            found = self.cgroup.processes()
+            if found:
+                return found
+        running = [self.init, *self.execs.values()]
+        return [process.pid for process in running if process.pid and process.exit is None]
+
+    async def delete(self, process: Process) -> None:
+        """Delete a process that has ended, or that was never started.
+
+        Raises:
+            FailedPrecondition: it runs.
+        """
+        async with process.lock:
+            process.check(Action.DELETE)
+            if process is self.init and process.status is Status.CREATED:
+                with contextlib.suppress(NotFound):
+                    process.send_signal(signal.SIGKILL)
+        if process is self.init and process.status is Status.CREATED:
+            async with asyncio.timeout(_EXIT_LIMIT_S):
+                await process.wait()
+        async with process.lock:
+            process.check(Action.DELETE)
+            if process is self.init:
+                await self._finish_cleanup()
+            if process.io is not None:
+                await process.io.close(drain=process.exit is not None)
+                process.io = None
+            process.deleted()
+        if process is not self.init:
+            self.execs.pop(process.exec_id, None)
+            self._specs.pop(process.exec_id, None)
+            self._changed()
+            return
+        for other in self.execs.values():
+            if other.io is not None:
+                await other.io.close(drain=False)
+                other.io = None
+        record = process.exit
+        self._emit(
+            events.TASK_DELETE,
+            {
+                "container_id": self.id,
+                "pid": process.pid,
+                "exit_status": record.status if record else 0,
+                "exited_at_ns": record.exited_at_ns if record else 0,
+            },
+        )
+
+    def state(self) -> dict[str, object]:
+        """What a successor of this process has to know; goes into ``state.json``."""
+        return {
+            "id": self.id,
+            "runtime": self.options.binary,
+            "runtime_root": str(self.options.root),
+            "rootfs_mounted": bool(self._rootfs),
+            "processes": [_process_state(p) for p in (self.init, *self.execs.values())],
+        }
+
+    async def _run_create(self) -> tuple[int, int]:
+        assert self.init.io is not None
+        pid_file = self.bundle.path / "init.pid"
+        if not self.init.stdio.terminal:
+            stdio = self.init.io.runtime_stdio
+            pid = await self.runtime.create(
+                bundle=self.bundle.path, pid_file=pid_file, stdio=stdio, console=""
+            )
+            return pid, -1
+        with ConsoleSocket(self.bundle.path, "console") as console:
+            pid = await self.runtime.create(
+                bundle=self.bundle.path, pid_file=pid_file, stdio=None, console=console.address
+            )
+            return pid, await console.receive()
+
+    def _take_init(self, pid: int, master: int, window: Window) -> None:
+        assert self.init.io is not None
+        self.init.created(pid)
+        with contextlib.suppress(OSError):
+            self.cgroup = cgroups.of_process(pid)
+        self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
+        self.init.io.start(master)
+        stdio = self.init.stdio
+        self._emit(
+            events.TASK_CREATE,
+            {
+                "container_id": self.id,
+                "bundle": str(self.bundle.path),
+                "rootfs": [
+                    {
+                        "type": mount.type,
+                        "source": mount.source,
+                        "target": mount.target,
+                        "options": list(mount.options),
+                    }
+                    for mount in self._rootfs
+                ],
+                "stdin": stdio.stdin,
+                "stdout": stdio.stdout,
+                "stderr": stdio.stderr,
+                "terminal": stdio.terminal,
+                "pid": pid,
+            },
+        )
+        self._around.reaper.watch(pid, self._init_ended, window)
+
+    async def _start_exec(self, process: Process) -> None:
+        if self._init_is_gone:
+            raise FailedPrecondition(f"container '{self.id}' does not run: its init has ended")
+        self.init.check(Action.EXEC)
+        async with AsyncExitStack() as undo:
+            process.io = await self._open_io(process.stdio)
+            undo.push_async_callback(self._discard_io, process)
+            process.io.change_owner(self.options.io_uid, self.options.io_gid)
+            with self._around.reaper.window() as window:
+                pid, master = await self._run_exec(process)
+                process.created(pid)
+                process.io.start(master)
+                self._started(
+                    process,
+                    events.TASK_EXEC_STARTED,
+                    {"container_id": self.id, "exec_id": process.exec_id},
+                )
+                self._around.reaper.watch(
+                    pid, lambda ended: self._exec_ended(process, ended), window
+                )
+            undo.pop_all()
+
+    async def _run_exec(self, process: Process) -> tuple[int, int]:
+        assert process.io is not None
+        # The runtime's files have short names: an exec id may be longer than a file name allows.
+        number = list(self.execs).index(process.exec_id)
+        name = f"exec-{number}-{time.monotonic_ns()}"
+        process_file = self.bundle.path / f"{name}.json"
+        pid_file = self.bundle.path / f"{name}.pid"
+        self.bundle.write(process_file.name, self._specs[process.exec_id])
+        try:
+            if not process.stdio.terminal:
+                pid = await self.runtime.exec(
+                    process_file=process_file,
+                    pid_file=pid_file,
+                    stdio=process.io.runtime_stdio,
+                    console="",
+                )
+                return pid, -1
+            with ConsoleSocket(self.bundle.path, name) as console:
+                pid = await self.runtime.exec(
+                    process_file=process_file,
+                    pid_file=pid_file,
+                    stdio=None,
+                    console=console.address,
+                )
+                return pid, await console.receive()
+        finally:
+            process_file.unlink(missing_ok=True)
+            pid_file.unlink(missing_ok=True)
+
+    def _started(self, process: Process, topic: str, fields: dict[str, object]) -> None:
+        process.apply(Action.START)
+        self._changed()
+        self._emit(topic, {**fields, "pid": process.pid})
+
+    def _init_ended(self, ended: Exit) -> None:
+        self._init_is_gone = True
+        self._around.background.start(self._handle_init_exit(ended), name="init exit")
+
+    def _exec_ended(self, process: Process, ended: Exit) -> None:
+        self._around.background.start(self._handle_exit(process, ended), name="exec exit")
+
+    async def _handle_init_exit(self, ended: Exit) -> None:
+        if not self._own_pid_namespace and self.cgroup is not None:
+            emptied = await asyncio.to_thread(self.cgroup.kill_all)
+            if not emptied:
+                log.error("processes of the container do not die", container_id=self.id)
+        await self._wait_for_execs()
+        await self._handle_exit(self.init, ended)
+        self._cleanup = self._around.background.start(self._clean_up(), name="clean up")
+
+    async def _wait_for_execs(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXECS_LIMIT_S):
+                for process in list(self.execs.values()):
+                    # A start under way ends one way or the other first.
+                    async with process.lock:
+                        started = process.status is Status.RUNNING
+                    if started:
+                        await process.wait()
+
+    async def _handle_exit(self, process: Process, ended: Exit) -> None:
+        async with process.lock:
+            oom_killed = self._tell_oom()
+            record = ExitRecord(
+                status=ended.code,
+                exited_at_ns=ended.exited_at_ns,
+                signal=ended.signal,
+                oom_killed=oom_killed,
+                usage={
+                    "user_us": ended.user_us,
+                    "system_us": ended.system_us,
+                    "max_rss_bytes": ended.max_rss_bytes,
+                },
+            )
+            seq = self._around.events.record(
+                Event(
+                    events.TASK_EXIT,
+                    {
+                        "container_id": self.id,
+                        "id": process.id,
+                        "pid": process.pid,
+                        "exit_status": record.status,
+                        "exited_at_ns": record.exited_at_ns,
+                        "signal": record.signal,
+                        "oom_killed": record.oom_killed,
+                        "usage": dict(record.usage),
+                    },
+                )
+            )
+            process.ended(record)
+            self._changed()
+            if process.io is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SETTLE_LIMIT_S):
+                        await process.io.settle()
+            self._around.events.offer(seq)
+            process.tell()
+        log.info(
+            "process exited",
+            container_id=self.id,
+            exec_id=process.exec_id,
+            exit_status=record.status,
+            oom_killed=record.oom_killed,
+        )
+
+    def _tell_oom(self) -> bool:
+        kills = self.cgroup.oom_kills() if self.cgroup is not None and self.cgroup.own else 0
+        if kills <= self._oom_kills:
+            return False
+        self._oom_kills = kills
+        self._emit(events.TASK_OOM, {"container_id": self.id})
+        return True
+
+    async def _clean_up(self) -> None:
+        await self.runtime.delete(force=False)
+        await self._unmount()
+
+    async def _finish_cleanup(self) -> None:
+        """Wait for what the exit began; do it again if it failed, and raise if it fails again."""
+        if self._cleanup is not None:
+            done, _ = await asyncio.wait([self._cleanup])
+            if not next(iter(done)).cancelled() and next(iter(done)).exception() is None:
+                return
+        await self.runtime.delete(force=True)
+        await self._unmount()
+
+    async def _open_io(self, stdio: Stdio) -> ProcessIo:
+        return await open_io(
+            stdio,
+            container_id=self.id,
+            namespace=self._around.namespace,
+            reaper=self._around.reaper,
+            metrics=self._around.metrics,
+            background=self._around.background,
+        )
+
+    async def _discard_io(self, process: Process) -> None:
+        if process.io is not None:
+            await process.io.close(drain=False)
+            process.io = None
+
+    def _mount(self) -> None:
+        self.bundle.rootfs.mkdir(mode=0o711, exist_ok=True)
+        mounts.mount_all(self._rootfs, self.bundle.rootfs)
+
+    async def _unmount(self) -> None:
+        if self._rootfs:
+            await asyncio.to_thread(mounts.unmount, self.bundle.rootfs)
+
+    async def _force_delete(self) -> None:
+        await self.runtime.delete(force=True)
+
+    def _emit(self, topic: str, fields: Mapping[str, object]) -> None:
+        self._around.events.emit(Event(topic, fields))
+
+
+async def _tolerated(undo: Callable[[], Any]) -> None:
+    """Run an undo step whose failure must not hide the one that it follows."""
+    try:
+        await undo()
+    except (TheseusError, OSError) as error:
+        log.error("undo step failed", step=getattr(undo, "__name__", ""), error=str(error))
+
+
+def _process_state(process: Process) -> dict[str, object]:
+    record = process.exit
+    return {
+        "exec_id": process.exec_id,
+        "pid": process.pid,
+        "status": str(process.status),
+        "stdin": process.stdio.stdin,
+        "stdout": process.stdio.stdout,
+        "stderr": process.stdio.stderr,
+        "terminal": process.stdio.terminal,
+        "exit_status": record.status if record else None,
+        "exited_at_ns": record.exited_at_ns if record else None,
+    }
+
+
+def parse_json_object(data: bytes, *, field: str) -> dict[str, Any]:
+    """A JSON object out of a request's Any.
+
+    Raises:
+        InvalidArgument: it is not one.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InvalidArgument(f"{field} is not valid JSON: {error}", field=field) from error
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{field} is not a JSON object", field=field)
+    return value

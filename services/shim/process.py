@@ -1,0 +1,209 @@
+"""One process of a container: its state machine, its end, and those who wait for it.
+
+What may be done in which state is two tables, one for init and one for exec processes. The tables
+are the only place that decides; :class:`Process` consults them before an action and moves on after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from services.shim.stdio.process_io import ProcessIo
+    from services.shim.stdio.uris import Stdio
+
+
+class Status(StrEnum):
+    """States of the OCI runtime-spec, ``paused`` and ``deleted`` added."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    DELETED = "deleted"
+
+
+class Action(StrEnum):
+    """What is done to a process, or happens to it."""
+
+    START = "start"
+    PAUSE = "pause"
+    RESUME = "resume"
+    UPDATE = "update"
+    CHECKPOINT = "checkpoint"
+    EXEC = "exec in"
+    KILL = "kill"
+    RESIZE = "resize"
+    DELETE = "delete"
+    EXIT = "exit"
+
+
+Transitions = dict[tuple[Status, Action], Status]
+
+INIT_TRANSITIONS: Transitions = {
+    (Status.CREATED, Action.START): Status.RUNNING,
+    (Status.CREATED, Action.UPDATE): Status.CREATED,
+    (Status.CREATED, Action.EXEC): Status.CREATED,
+    (Status.CREATED, Action.KILL): Status.CREATED,
+    (Status.CREATED, Action.RESIZE): Status.CREATED,
+    (Status.CREATED, Action.DELETE): Status.DELETED,
+    (Status.CREATED, Action.EXIT): Status.STOPPED,
+    (Status.RUNNING, Action.PAUSE): Status.PAUSED,
+    (Status.RUNNING, Action.UPDATE): Status.RUNNING,
+    (Status.RUNNING, Action.CHECKPOINT): Status.RUNNING,
+    (Status.RUNNING, Action.EXEC): Status.RUNNING,
+    (Status.RUNNING, Action.KILL): Status.RUNNING,
+    (Status.RUNNING, Action.RESIZE): Status.RUNNING,
+    (Status.RUNNING, Action.EXIT): Status.STOPPED,
+    (Status.PAUSED, Action.RESUME): Status.RUNNING,
+    (Status.PAUSED, Action.UPDATE): Status.PAUSED,
+    (Status.PAUSED, Action.CHECKPOINT): Status.PAUSED,
+    (Status.PAUSED, Action.KILL): Status.PAUSED,
+    (Status.PAUSED, Action.RESIZE): Status.PAUSED,
+    (Status.PAUSED, Action.EXIT): Status.STOPPED,
+    (Status.STOPPED, Action.DELETE): Status.DELETED,
+}
+EXEC_TRANSITIONS: Transitions = {
+    (Status.CREATED, Action.START): Status.RUNNING,
+    (Status.CREATED, Action.RESIZE): Status.CREATED,
+    (Status.CREATED, Action.DELETE): Status.DELETED,
+    (Status.RUNNING, Action.KILL): Status.RUNNING,
+    (Status.RUNNING, Action.RESIZE): Status.RUNNING,
+    (Status.RUNNING, Action.EXIT): Status.STOPPED,
+    (Status.STOPPED, Action.DELETE): Status.DELETED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRecord:
+    """How a process ended.
+
+    Attributes:
+        status: exit code, or 128 and the signal.
+        exited_at_ns: nanoseconds since the epoch.
+        signal: the signal that ended it, or 0.
+        oom_killed: whether the kernel killed something in the cgroup for lack of memory.
+        usage: user and system time in microseconds, largest resident set in bytes.
+    """
+
+    status: int
+    exited_at_ns: int
+    signal: int = 0
+    oom_killed: bool = False
+    usage: Mapping[str, int] = field(default_factory=dict)
+
+
+class Process:
+    """An init (``exec_id`` empty) or an exec process.
+
+    ``lock`` is held by whoever changes the state with an await in between: start, pause, resume,
+    delete, and the handling of its exit, which thereby waits for a start under way.
+    """
+
+    def __init__(self, container_id: str, exec_id: str, stdio: Stdio) -> None:
+        self.container_id = container_id
+        self.exec_id = exec_id
+        self.stdio = stdio
+        self.status = Status.CREATED
+        self.pid = 0
+        self.io: ProcessIo | None = None
+        self.exit: ExitRecord | None = None
+        self.lock = asyncio.Lock()
+        self._pidfd = -1
+        self._transitions = EXEC_TRANSITIONS if exec_id else INIT_TRANSITIONS
+        self._ended = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        """Its id in events: the exec id, or the container's."""
+        return self.exec_id or self.container_id
+
+    def check(self, action: Action) -> Status:
+        """The state that ``action`` leads to.
+
+        Raises:
+            NotFound: it is to be killed and has ended (upstream's code and words).
+            FailedPrecondition: the action is not allowed in this state.
+        """
+        following = self._transitions.get((self.status, action))
+        if following is not None:
+            return following
+        what = f"process '{self.exec_id}'" if self.exec_id else f"container '{self.container_id}'"
+        if self.status is Status.DELETED or (
+            action is Action.KILL and self.status is Status.STOPPED
+        ):
+            raise NotFound(f"process already finished: {what} is {self.status}")
+        raise FailedPrecondition(f"cannot {action} {what}: it is {self.status}")
+
+    def apply(self, action: Action) -> None:
+        """Move to the state that ``action`` leads to.
+
+        Raises:
+            FailedPrecondition: the action is not allowed in this state.
+        """
+        self.status = self.check(action)
+
+    def created(self, pid: int) -> None:
+        """Take the process that the runtime made; it is our child, so the pid is still its own."""
+        self.pid = pid
+        # Gone already: its end is in the reaper's window.
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(pid)
+
+    def send_signal(self, signum: int) -> None:
+        """Signal the process itself.
+
+        Raises:
+            NotFound: it has ended.
+            InvalidArgument: there is no such signal.
+        """
+        if not 0 <= signum < signal.NSIG:
+            raise InvalidArgument(f"there is no signal {signum}", field="signal")
+        if self._pidfd < 0:
+            raise NotFound(f"process already finished: pid {self.pid}")
+        try:
+            signal.pidfd_send_signal(self._pidfd, signum)
+        except ProcessLookupError as error:
+            raise NotFound(f"process already finished: pid {self.pid}") from error
+
+    def ended(self, record: ExitRecord) -> None:
+        """Note its end; call ``tell`` once the record is safe."""
+        self.apply(Action.EXIT)
+        self.exit = record
+        self._close_pidfd()
+
+    def tell(self) -> None:
+        """Wake those who wait for its end."""
+        self._ended.set()
+
+    def deleted(self) -> None:
+        """Note that it is deleted; who still waits for one that never ran is woken."""
+        self.apply(Action.DELETE)
+        self._close_pidfd()
+        self._ended.set()
+
+    async def wait(self) -> ExitRecord:
+        """How it ended, once it has and that is on the spool.
+
+        Raises:
+            NotFound: it was deleted before it ran.
+        """
+        await self._ended.wait()
+        if self.exit is None:
+            raise NotFound(f"process '{self.id}' was deleted before it was started")
+        return self.exit
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

@@ -1,0 +1,195 @@
+"""The one place in a shim that waits for children: its own, and the orphans below it.
+
+A shim is a subreaper (prctl(2)): the container's init and exec processes, which the runtime made
+and left, become its children. Their pids are known only once the runtime has said so, and they may
+have ended by then: an open :class:`Window` keeps the exits that nobody claimed. Whatever else is
+reaped was orphaned inside the container, and is only counted.
+
+SIGCHLD arrives through the event loop, so nothing is reaped between a spawn and the lines that
+follow it up to the next await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common import linux
+from services.shim.futures import finish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+log = structlog.get_logger(__name__)
+
+_RESET_SIGNALS = (
+    signal.SIGPIPE,
+    signal.SIGCHLD,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGXFSZ,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The end of one process.
+
+    Attributes:
+        pid: its process id, free again.
+        wait_status: as wait(2) gives it.
+        exited_at_ns: when it was reaped, nanoseconds since the epoch.
+        user_us: processor time in user mode, its reaped children's included, microseconds.
+        system_us: likewise in the kernel.
+        max_rss_bytes: its largest resident set.
+    """
+
+    pid: int
+    wait_status: int
+    exited_at_ns: int
+    user_us: int = 0
+    system_us: int = 0
+    max_rss_bytes: int = 0
+
+    @property
+    def signal(self) -> int:
+        """The signal that ended it, or 0."""
+        return os.WTERMSIG(self.wait_status) if os.WIFSIGNALED(self.wait_status) else 0
+
+    @property
+    def code(self) -> int:
+        """Exit code, or 128 and the signal, as shells and containerd count."""
+        return 128 + self.signal if self.signal else os.WEXITSTATUS(self.wait_status)
+
+
+class Window:
+    """Exits of processes that nobody knew, for as long as the window is open."""
+
+    def __init__(self) -> None:
+        self._exits: dict[int, Exit] = {}
+
+    def add(self, ended: Exit) -> None:
+        """Keep an exit."""
+        self._exits[ended.pid] = ended
+
+    def take(self, pid: int) -> Exit | None:
+        """The exit of ``pid``, unless a process with that id is there now (it was used again)."""
+        ended = self._exits.pop(pid, None)
+        return None if ended is None or Path(f"/proc/{pid}").exists() else ended
+
+
+class Reaper:
+    """Waits for all children of this process. ``start`` before anything is spawned."""
+
+    def __init__(self) -> None:
+        self.zombies_reaped = 0
+        self._watches: dict[int, Callable[[Exit], None]] = {}
+        self._windows: list[Window] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Become a subreaper and listen for SIGCHLD in the running event loop."""
+        linux.set_child_subreaper()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self._loop is not None:
+            self._loop.remove_signal_handler(signal.SIGCHLD)
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        environment: Mapping[str, str],
+        more: Sequence[tuple[int, int]] = (),
+    ) -> tuple[int, asyncio.Future[Exit]]:
+        """Start a program (an absolute path in ``argv[0]``); returns its pid and its future end.
+
+        Args:
+            argv: program and arguments.
+            stdin: descriptor that becomes its standard input.
+            stdout: likewise standard output.
+            stderr: likewise standard error.
+            environment: all of its environment.
+            more: further (ours, its) descriptors, ours being above all of its.
+
+        Raises:
+            OSError: the program cannot be started.
+        """
+        actions = [
+            (os.POSIX_SPAWN_DUP2, ours, theirs)
+            for ours, theirs in [(stdin, 0), (stdout, 1), (stderr, 2), *more]
+        ]
+        pid = os.posix_spawn(
+            argv[0],
+            list(argv),
+            dict(environment),
+            file_actions=actions,
+            setsigmask=[],
+            setsigdef=_RESET_SIGNALS,
+        )
+        future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._watches[pid] = partial(finish, future)
+        return pid, future
+
+    def watch(self, pid: int, ended: Callable[[Exit], None], window: Window) -> None:
+        """Call ``ended`` at the end of a process that the runtime made, be it past already."""
+        early = window.take(pid)
+        if early is not None:
+            self.zombies_reaped -= 1
+            ended(early)
+        else:
+            self._watches[pid] = ended
+
+    def forget(self, pid: int) -> None:
+        """Watch a process no more; it is still reaped."""
+        self._watches.pop(pid, None)
+
+    @contextmanager
+    def window(self) -> Iterator[Window]:
+        """Keep exits of unknown processes inside the block."""
+        window = Window()
+        self._windows.append(window)
+        try:
+            yield window
+        finally:
+            self._windows.remove(window)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            ended = Exit(
+                pid=pid,
+                wait_status=status,
+                exited_at_ns=time.time_ns(),
+                user_us=int(usage.ru_utime * 1e6),
+                system_us=int(usage.ru_stime * 1e6),
+                max_rss_bytes=usage.ru_maxrss * 1024,
+            )
+            watcher = self._watches.pop(pid, None)
+            if watcher is not None:
+                watcher(ended)
+                continue
+            self.zombies_reaped += 1
+            for window in self._windows:
+                window.add(ended)

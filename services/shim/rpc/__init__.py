@@ -1,0 +1,1 @@
+"""What a shim serves, one module per gRPC service; protobuf stops here."""

@@ -1,0 +1,205 @@
+"""runc, and the programs that speak its command line, crun first among them.
+
+Arguments are lists, no shell is involved. Calls on one container share the log file of its bundle,
+except ``exec``: several may run at once, so each has a log of its own, which is removed after.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import TYPE_CHECKING
+
+from services.common.errors import InvalidArgument
+from services.shim.runtimes import failures
+from services.shim.runtimes.invocation import ENVIRONMENT, Outcome, run
+from services.shim.runtimes.runtime import (
+    RuntimeBroken,
+    RuntimeMissing,
+    RuntimeOptions,
+    UnknownToRuntime,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from services.common.errors import TheseusError
+    from services.shim.reaper import Reaper
+    from services.shim.runtimes.runtime import RuntimeStdio
+
+_BINARY_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,128}")
+_PID_FILE_MAX_BYTES = 32
+
+
+class RuncRuntime:
+    """One container's runtime (see :class:`~services.shim.runtimes.runtime.Runtime`)."""
+
+    def __init__(
+        self,
+        container_id: str,
+        options: RuntimeOptions,
+        *,
+        log_file: Path,
+        reaper: Reaper,
+        timeout_s: float,
+    ) -> None:
+        self.name = options.binary
+        self._id = container_id
+        self._options = options
+        self._log_file = log_file
+        self._reaper = reaper
+        self._timeout_s = timeout_s
+        self._program = find_program(options.binary)
+
+    async def create(
+        self, *, bundle: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
+    ) -> int:
+        """See :meth:`Runtime.create`."""
+        arguments = ["create", "--bundle", str(bundle), "--pid-file", str(pid_file)]
+        if console:
+            arguments += ["--console-socket", console]
+        if self._options.no_pivot_root:
+            arguments.append("--no-pivot")
+        if self._options.no_new_keyring:
+            arguments.append("--no-new-keyring")
+        _remove(pid_file)
+        await self._run([*arguments, self._id], stdio=stdio, classify=failures.classify_creation)
+        return self._read_pid(pid_file)
+
+    async def start(self) -> None:
+        """See :meth:`Runtime.start`."""
+        await self._run(["start", self._id], classify=failures.classify_creation)
+
+    async def exec(
+        self, *, process_file: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
+    ) -> int:
+        """See :meth:`Runtime.exec`."""
+        arguments = ["exec", "--process", str(process_file), "--detach"]
+        arguments += ["--pid-file", str(pid_file)]
+        if console:
+            arguments += ["--console-socket", console]
+        _remove(pid_file)
+        log_file = process_file.with_suffix(".log")
+        try:
+            await self._run(
+                [*arguments, self._id],
+                stdio=stdio,
+                classify=failures.classify_creation,
+                log_file=log_file,
+            )
+        finally:
+            _remove(log_file)
+        return self._read_pid(pid_file)
+
+    async def kill(self, signum: int, *, all_processes: bool) -> None:
+        """See :meth:`Runtime.kill`."""
+        flags = ["--all"] if all_processes else []
+        await self._run(["kill", *flags, self._id, str(signum)])
+
+    async def pause(self) -> None:
+        """See :meth:`Runtime.pause`."""
+        await self._run(["pause", self._id])
+
+    async def resume(self) -> None:
+        """See :meth:`Runtime.resume`."""
+        await self._run(["resume", self._id])
+
+    async def update(self, resources_file: Path) -> None:
+        """See :meth:`Runtime.update`."""
+        await self._run(["update", "--resources", str(resources_file), self._id])
+
+    async def delete(self, *, force: bool) -> None:
+        """See :meth:`Runtime.delete`."""
+        flags = ["--force"] if force else []
+        try:
+            await self._run(["delete", *flags, self._id])
+        except UnknownToRuntime:
+            return
+
+    async def version(self) -> str:
+        """See :meth:`Runtime.version`."""
+        outcome = await run(
+            self._reaper, [self._program, "--version"], stdio=None, timeout_s=self._timeout_s
+        )
+        if not outcome.succeeded:
+            raise RuntimeBroken(f"runtime '{self.name}' {outcome.in_words()} on --version")
+        return failures.bounded(outcome.output.partition("\n")[0])
+
+    async def _run(
+        self,
+        arguments: list[str],
+        *,
+        stdio: RuntimeStdio | None = None,
+        classify: Callable[[str, str], TheseusError] = failures.classify,
+        log_file: Path | None = None,
+    ) -> None:
+        log_file = log_file or self._log_file
+        offset = log_file.stat().st_size if log_file.exists() else 0
+        outcome = await run(
+            self._reaper,
+            [self._program, *self._global_flags(log_file), *arguments],
+            stdio=stdio,
+            timeout_s=self._timeout_s,
+        )
+        if outcome.succeeded:
+            return
+        said = failures.read_log(log_file, offset) or failures.bounded(outcome.output)
+        raise self._failure(arguments[0], outcome, said, classify)
+
+    def _failure(
+        self,
+        command: str,
+        outcome: Outcome,
+        said: str,
+        classify: Callable[[str, str], TheseusError],
+    ) -> TheseusError:
+        what = f"runtime '{self.name}' failed to {command} container '{self._id}'"
+        if outcome.timed_out or outcome.ended is None or outcome.ended.signal:
+            tail = f"; its last words: {said}" if said else ""
+            return RuntimeBroken(f"{what}: it {outcome.in_words()}{tail}")
+        return classify(said, f"{what}: {said or 'it ' + outcome.in_words() + ' without a word'}")
+
+    def _global_flags(self, log_file: Path) -> list[str]:
+        flags = ["--root", str(self._options.root), "--log", str(log_file), "--log-format", "json"]
+        if self._options.systemd_cgroup:
+            flags.append("--systemd-cgroup")
+        return flags
+
+    def _read_pid(self, pid_file: Path) -> int:
+        try:
+            with pid_file.open("rb") as file:
+                text = file.read(_PID_FILE_MAX_BYTES).strip()
+        except OSError as error:
+            raise RuntimeBroken(
+                f"runtime '{self.name}' reported success without writing {pid_file}"
+            ) from error
+        if not text.isdigit() or int(text) <= 1:
+            raise RuntimeBroken(f"runtime '{self.name}' wrote no process id to {pid_file}")
+        return int(text)
+
+
+def find_program(binary: str) -> str:
+    """Absolute path of a runtime.
+
+    Raises:
+        InvalidArgument: the name is neither a plain name nor an absolute path.
+        RuntimeMissing: there is no such program.
+    """
+    if binary.startswith("/"):
+        return binary
+    if not _BINARY_NAME.fullmatch(binary):
+        raise InvalidArgument(
+            f"runtime '{binary}' is neither a program's name nor an absolute path", field="options"
+        )
+    found = shutil.which(binary, path=ENVIRONMENT["PATH"])
+    if found is None:
+        raise RuntimeMissing(
+            f"runtime '{binary}' is not installed (looked in {ENVIRONMENT['PATH']}): install it, "
+            "or choose another"
+        )
+    return found
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""What a shim wants of an OCI runtime, and how its failures look.
+
+A runtime is a program with runc's command line; what differs between programs lies behind this
+interface. One :class:`Runtime` object serves one container: it carries the container's state root
+and log file. Every call runs the program to its end, within a time limit and with its output
+bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from services.common.errors import FailedPrecondition, Internal, InvalidArgument
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMAND_NOT_FOUND = "COMMAND_NOT_FOUND"
+COMMAND_NOT_EXECUTABLE = "COMMAND_NOT_EXECUTABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """Which runtime a container has, and how it is run.
+
+    Attributes:
+        binary: name to be looked up in PATH, or absolute path.
+        root: directory of the runtime's state.
+        systemd_cgroup: let systemd make the cgroup.
+        no_pivot_root: enter the root by a move instead of pivot_root(2).
+        no_new_keyring: keep the session keyring.
+        io_uid: owner of the stdio pipes.
+        io_gid: their group.
+    """
+
+    binary: str
+    root: Path
+    systemd_cgroup: bool = False
+    no_pivot_root: bool = False
+    no_new_keyring: bool = False
+    io_uid: int = 0
+    io_gid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStdio:
+    """Descriptors that a new process of the container gets; the runtime passes on its own."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class CommandNotFound(InvalidArgument):
+    """The container's command does not exist in it: exit code 127 to users."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=COMMAND_NOT_FOUND)
+
+
+class CommandNotExecutable(InvalidArgument):
+    """The container's command exists and cannot be executed: exit code 126 to users."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=COMMAND_NOT_EXECUTABLE)
+
+
+class RuntimeMissing(FailedPrecondition):
+    """The runtime's program is not there, or cannot be executed."""
+
+
+class RuntimeFailed(FailedPrecondition):
+    """The runtime refused, and said why."""
+
+
+class RuntimeBroken(Internal):
+    """The runtime hung, died, or answered with something that makes no sense."""
+
+
+class UnknownToRuntime(FailedPrecondition):
+    """The runtime knows no such container."""
+
+
+class Runtime(Protocol):
+    """An OCI runtime for one container.
+
+    All calls raise :class:`RuntimeMissing`, :class:`RuntimeFailed`, :class:`RuntimeBroken`.
+    """
+
+    name: str
+
+    async def create(
+        self, *, bundle: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
+    ) -> int:
+        """Create the container; returns the pid of its init, which waits to be started.
+
+        Args:
+            bundle: directory with the spec and the root file system.
+            pid_file: where the runtime is to write the pid.
+            stdio: init's streams; None with a terminal.
+            console: socket that takes the terminal's master, or empty.
+
+        Raises:
+            CommandNotFound: its command does not exist.
+            CommandNotExecutable: its command cannot be executed.
+        """
+        ...
+
+    async def start(self) -> None:
+        """Let init run the container's command."""
+        ...
+
+    async def exec(
+        self, *, process_file: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
+    ) -> int:
+        """Run one more process, described as in the OCI spec; returns its pid. Raises as create."""
+        ...
+
+    async def kill(self, signum: int, *, all_processes: bool) -> None:
+        """Signal init, or everything in the container."""
+        ...
+
+    async def pause(self) -> None:
+        """Freeze the container."""
+        ...
+
+    async def resume(self) -> None:
+        """Let a frozen container go on."""
+        ...
+
+    async def update(self, resources_file: Path) -> None:
+        """Change limits to those in a file with the spec's resources."""
+        ...
+
+    async def delete(self, *, force: bool) -> None:
+        """Remove what the runtime keeps of the container; one that it does not know is fine."""
+        ...
+
+    async def version(self) -> str:
+        """First line of what the program says about its version."""
+        ...

@@ -1,0 +1,70 @@
+"""The cgroup of shims: ``theseus/shims`` in every v1 hierarchy, or in the v2 one.
+
+Who stops containerd's cgroup must not stop the shims. The factory enters theirs once, at its start,
+and every shim is born there: moving a process costs the kernel milliseconds, being forked nothing.
+What cannot be entered is left out: a shim works anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+ROOT = Path("/sys/fs/cgroup")
+PATH = "theseus/shims"
+_CPUSET_FILES = ("cpuset.cpus", "cpuset.mems")
+
+
+class Home:
+    """The cgroups that this process came from, and the way there and back."""
+
+    def __init__(self, root: Path = ROOT, proc: Path = Path("/proc/self/cgroup")) -> None:
+        self._root = root
+        self._proc = proc
+        self._left: list[tuple[Path, Path]] = []
+
+    def enter(self) -> None:
+        """Move this process into the shims' cgroup wherever that can be done."""
+        for line in self._proc.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            hierarchy = self._hierarchy(names)
+            shims = hierarchy / PATH
+            origin = hierarchy / path.lstrip("/")
+            if not hierarchy.is_dir() or origin == shims:
+                continue
+            try:
+                _make(shims)
+                (shims / "cgroup.procs").write_text("0")
+            except OSError as error:
+                log.debug("cgroup cannot be entered", cgroup=str(shims), error=error.strerror)
+                continue
+            self._left.append((origin, shims))
+
+    def leave(self) -> None:
+        """Move back, and remove the shims' cgroup where no shim is left."""
+        for origin, shims in self._left:
+            with contextlib.suppress(OSError):
+                (origin / "cgroup.procs").write_text("0")
+                shims.rmdir()
+                shims.parent.rmdir()
+        self._left.clear()
+
+    def _hierarchy(self, names: str) -> Path:
+        if names:
+            return self._root / names.partition(",")[0].removeprefix("name=")
+        pure = (self._root / "cgroup.controllers").exists()
+        return self._root if pure else self._root / "unified"
+
+
+def _make(directory: Path) -> None:
+    """Make a cgroup; in a cpuset hierarchy it takes no process before it has CPUs and nodes."""
+    for path in (directory.parent, directory):
+        path.mkdir(exist_ok=True)
+        for name in _CPUSET_FILES:
+            file = path / name
+            if file.exists() and not file.read_text().strip():
+                file.write_text((path.parent / name).read_text())

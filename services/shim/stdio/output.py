@@ -1,0 +1,335 @@
+"""The output of one process as one sequence of bytes, for any number of attached readers.
+
+Both streams are numbered together, in the order in which the shim read them: a single offset says
+how far a reader has come. The newest bytes are in memory. Where there is a log, older ones are read
+back from it, so a slow reader holds up nobody. Where there is none, the process waits for the
+slowest reader: reading from the pipe stops while more than ``AHEAD_MAX_BYTES`` are unread. Bytes
+that were handed to a reader stay for a while (``HISTORY_BYTES``), because what was under way when a
+connection broke is asked for again. Once the last reader is gone the process waits for
+``RECONNECT_GRACE_S``, as it does from its start for the first one; then the oldest bytes are
+dropped, and who comes later finds a gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from services.common.errors import OutOfRange
+from services.shim.stdio import log_reader
+from services.shim.stdio.extents import Extents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.shim.stdio.log_writer import LogWriter
+
+PIECE_MAX_BYTES = 256 << 10
+AHEAD_MAX_BYTES = 1 << 20
+HISTORY_BYTES = 3 << 20
+LOGGED_RING_BYTES = 512 << 10
+RECONNECT_GRACE_S = 30.0
+
+# Small writes of one stream are joined; what a chunk costs beside its bytes is counted too.
+_JOIN_MAX_BYTES = 16384
+_CHUNK_COST_BYTES = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of one stream at their offset."""
+
+    offset: int
+    stream: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes from ``start`` up to ``end`` that cannot be had any more."""
+
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Chunk:
+    offset: int
+    stream: str
+    stream_end: int
+    data: bytes | bytearray = field(repr=False)
+
+
+class Output:
+    """What a process wrote; the event loop's thread only.
+
+    Args:
+        log: where everything is written as well, or None.
+        streams: number of streams that have to finish.
+        dropped: called with a stream and the bytes of it that nobody read and nobody can.
+    """
+
+    def __init__(
+        self,
+        log: LogWriter | None,
+        *,
+        streams: int,
+        dropped: Callable[[str, int], None] = lambda _stream, _count: None,
+    ) -> None:
+        self.end = 0
+        self.finished = False
+        self._log = log
+        self._unfinished = streams
+        self._dropped = dropped
+        self._chunks: deque[_Chunk] = deque()
+        self._first_chunk = 0
+        self._held_bytes = 0
+        self._stream_ends: dict[str, int] = {}
+        self._extents = Extents() if log is not None else None
+        self._readers: set[OutputReader] = set()
+        self._read_until = 0
+        self._dropping = False
+        self._grace: asyncio.TimerHandle | None = None
+        self._ready_callbacks: list[Callable[[], None]] = []
+        self._loop = asyncio.get_running_loop()
+        if log is None:
+            self._start_grace()
+
+    @property
+    def start(self) -> int:
+        """Offset of the oldest byte in memory."""
+        return self._chunks[0].offset if self._chunks else self.end
+
+    @property
+    def ready(self) -> bool:
+        """Whether the process may write on."""
+        if self._log is not None:
+            return self._log.ready
+        return self._dropping or self.end - self._floor() < AHEAD_MAX_BYTES
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody reads and nothing keeps what nobody reads."""
+        return self._log is None and not self._readers
+
+    def when_ready(self, callback: Callable[[], None]) -> None:
+        """See :meth:`Sink.when_ready`."""
+        if self._log is not None:
+            self._log.when_ready(callback)
+        elif self.ready:
+            self._loop.call_soon(callback)
+        else:
+            self._ready_callbacks.append(callback)
+
+    def write(self, stream: str, data: bytes) -> None:
+        """Add output."""
+        stream_start = self._stream_ends.get(stream, 0)
+        self._stream_ends[stream] = stream_start + len(data)
+        if self._extents is not None:
+            self._extents.add(self.end, stream, stream_start)
+        self._add_chunk(stream, data)
+        self.end += len(data)
+        if self._log is not None:
+            self._log.write(stream, data)
+        self._evict()
+        self._wake_readers()
+
+    def finish(self, stream: str) -> None:
+        """Note that a stream ended; with the last one the output is complete."""
+        self._unfinished -= 1
+        if self._log is not None:
+            self._log.finish(stream)
+        if self._unfinished <= 0:
+            self._complete()
+
+    async def settle(self) -> None:
+        """Wait until the log has what was written."""
+        if self._log is not None:
+            await self._log.settle()
+
+    async def close(self) -> None:
+        """No more output comes; readers go on to the end of what there is."""
+        self._complete()
+        self._stop_grace()
+        if self._log is not None:
+            await self._log.close()
+
+    def attach(self, offset: int, *, from_end: bool, follow: bool) -> OutputReader:
+        """A reader from ``offset`` on; the caller detaches it.
+
+        Raises:
+            OutOfRange: the offset is past the end.
+        """
+        if from_end:
+            offset = self.end
+        if offset > self.end:
+            raise OutOfRange(f"offset {offset} is past the end of the output, {self.end}")
+        reader = OutputReader(self, offset, until=None if follow else self.end)
+        self._readers.add(reader)
+        self._stop_grace()
+        self._dropping = False
+        return reader
+
+    def detach(self, reader: OutputReader) -> None:
+        """Forget a reader; the last one starts the grace time."""
+        self._readers.discard(reader)
+        if self._log is None and not self._readers and not self.finished:
+            self._start_grace()
+        self._call_ready()
+
+    def advanced(self, offset: int) -> None:
+        """Note that a reader came to ``offset``."""
+        self._read_until = max(self._read_until, offset)
+        self._call_ready()
+
+    def piece_at(self, offset: int, chunk_number: int, limit: int) -> tuple[Piece, int]:
+        """The piece in memory at ``offset``, and the number of its chunk, a hint for the next."""
+        number = max(chunk_number, self._first_chunk)
+        index = number - self._first_chunk
+        for chunk in islice(self._chunks, index, None):
+            if chunk.offset + len(chunk.data) > offset:
+                begin = offset - chunk.offset
+                data = bytes(chunk.data[begin : begin + min(limit, PIECE_MAX_BYTES)])
+                return Piece(offset, chunk.stream, data), number
+            number += 1
+        raise AssertionError("offset is not in memory")
+
+    async def piece_from_log(self, offset: int, limit: int) -> Piece | Gap:
+        """The piece at ``offset``, which is not in memory any more."""
+        if self._log is None or self._extents is None:
+            return Gap(offset, self.start)
+        extent = self._extents.find(offset)
+        if extent is None:
+            return Gap(offset, min(self._extents.first_offset(self.start), self.start))
+        length = min(extent.end or self.start, self.start) - offset
+        stream_offset = extent.stream_start + offset - extent.start
+        want = min(length, limit, PIECE_MAX_BYTES)
+        data, following = await asyncio.to_thread(
+            log_reader.read, self._log, extent.stream, stream_offset, want
+        )
+        if data:
+            return Piece(offset, extent.stream, data)
+        return Gap(offset, offset + max(1, min(length, following - stream_offset)))
+
+    def _add_chunk(self, stream: str, data: bytes) -> None:
+        last = self._chunks[-1] if self._chunks else None
+        self._held_bytes += len(data)
+        if (
+            last is not None
+            and last.stream == stream
+            and len(last.data) + len(data) <= _JOIN_MAX_BYTES
+        ):
+            if isinstance(last.data, bytes):
+                last.data = bytearray(last.data)
+            last.data += data
+            last.stream_end += len(data)
+            return
+        self._held_bytes += _CHUNK_COST_BYTES
+        self._chunks.append(_Chunk(self.end, stream, self._stream_ends[stream], data))
+
+    def _evict(self) -> None:
+        limit = self._limit()
+        while self._chunks and self._held_bytes > limit:
+            oldest = self._chunks[0]
+            if self._log is not None and not self._is_logged(oldest):
+                return
+            if self._log is None and not self._dropping and self._is_unread(oldest):
+                return
+            if self._log is None and self._is_unread(oldest):
+                self._dropped(oldest.stream, len(oldest.data))
+            self._chunks.popleft()
+            self._first_chunk += 1
+            self._held_bytes -= len(oldest.data) + _CHUNK_COST_BYTES
+
+    def _limit(self) -> int:
+        if self._log is not None:
+            return LOGGED_RING_BYTES
+        return AHEAD_MAX_BYTES if self._dropping else AHEAD_MAX_BYTES + HISTORY_BYTES
+
+    def _is_logged(self, chunk: _Chunk) -> bool:
+        assert self._log is not None
+        return chunk.stream_end <= self._log.index[chunk.stream].written
+
+    def _is_unread(self, chunk: _Chunk) -> bool:
+        return chunk.offset + len(chunk.data) > self._floor()
+
+    def _floor(self) -> int:
+        """Offset from which on bytes in memory are unread."""
+        if self._readers:
+            return max(self.start, min(reader.offset for reader in self._readers))
+        return max(self.start, self._read_until)
+
+    def _complete(self) -> None:
+        self.finished = True
+        self._wake_readers()
+
+    def _wake_readers(self) -> None:
+        for reader in self._readers:
+            reader.wake()
+
+    def _start_grace(self) -> None:
+        self._stop_grace()
+        self._grace = self._loop.call_later(RECONNECT_GRACE_S, self._end_grace)
+
+    def _stop_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    def _end_grace(self) -> None:
+        self._dropping = True
+        self._evict()
+        self._call_ready()
+
+    def _call_ready(self) -> None:
+        if self._log is None and self.ready and self._ready_callbacks:
+            callbacks, self._ready_callbacks = self._ready_callbacks, []
+            for callback in callbacks:
+                callback()
+
+
+class OutputReader:
+    """One attached reader: an offset that advances as it reads."""
+
+    def __init__(self, output: Output, offset: int, *, until: int | None) -> None:
+        self.offset = offset
+        self._output = output
+        self._until = until
+        self._chunk_number = 0
+        self._wake = asyncio.Event()
+
+    async def read(self) -> Piece | Gap | None:
+        """The next piece or gap; None at the end. Waits for output that is not there yet."""
+        while self.offset >= self._end():
+            if self._until is not None or self._output.finished:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        limit = self._end() - self.offset
+        found: Piece | Gap
+        if self.offset >= self._output.start:
+            found, self._chunk_number = self._output.piece_at(
+                self.offset, self._chunk_number, limit
+            )
+        else:
+            found = await self._output.piece_from_log(self.offset, limit)
+        return found
+
+    def advance(self, found: Piece | Gap) -> None:
+        """Note that what ``read`` gave was passed on."""
+        self.offset = found.end if isinstance(found, Gap) else found.offset + len(found.data)
+        self._output.advanced(self.offset)
+
+    def wake(self) -> None:
+        """Look for more output."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Detach."""
+        self._output.detach(self)
+
+    def _end(self) -> int:
+        return self._output.end if self._until is None else self._until

@@ -1,0 +1,221 @@
+"""The containers of one shim, by id: how they come, where they are found, when the shim may end.
+
+Calls that change something run to their end even when their caller gives up: a half-created
+container would be nobody's. The caller, or its successor, asks for the state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+
+from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.shim.bundle import Bundle
+from services.shim.container import Container, Surroundings
+from services.shim.runtimes.runc import RuncRuntime
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from services.shim.mounts import Mount
+    from services.shim.process import Process
+    from services.shim.runtimes.runtime import RuntimeOptions
+    from services.shim.stdio.uris import Stdio
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """What Create asks for.
+
+    Attributes:
+        id: of the container.
+        bundle: its directory.
+        rootfs: mounts of its root file system; empty: it is in the bundle already.
+        stdio: streams of init.
+        options: runtime options; empty fields mean the shim's defaults.
+        checkpoint: directory to restore from, or empty.
+    """
+
+    id: str
+    bundle: Path
+    rootfs: tuple[Mount, ...]
+    stdio: Stdio
+    options: RuntimeOptions
+    checkpoint: str = ""
+
+
+class Tasks:
+    """All containers of a shim.
+
+    Args:
+        surroundings: what they share.
+        home: the shim's own bundle, for its state file.
+        default_runtime: for options that name none.
+        runtime_state: directory below which runtimes keep their state, by binary and namespace.
+        runtime_timeout_s: limit of one runtime call.
+    """
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        *,
+        home: Bundle,
+        default_runtime: str,
+        runtime_state: Path,
+        runtime_timeout_s: float,
+    ) -> None:
+        self._around = surroundings
+        self._home = home
+        self._default_runtime = default_runtime
+        self._runtime_state = runtime_state
+        self._runtime_timeout_s = runtime_timeout_s
+        self._containers: dict[str, Container] = {}
+        self._creating: set[str] = set()
+        self._running: set[asyncio.Task[Any]] = set()
+        self.epoch = 0
+        self.emptied = asyncio.Event()
+        self.shutdown = asyncio.Event()
+        self.shutdown_now = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._containers) + len(self._creating)
+
+    def container(self, container_id: str) -> Container:
+        """A container by its id.
+
+        Raises:
+            NotFound: it was not created, or is deleted.
+        """
+        try:
+            return self._containers[container_id]
+        except KeyError:
+            raise NotFound(
+                f"container '{container_id}' is not created", resource=("task", container_id)
+            ) from None
+
+    def all(self) -> list[Container]:
+        """Every container that exists."""
+        return list(self._containers.values())
+
+    async def create(self, request: CreateRequest) -> Container:
+        """Create a container.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            FailedPrecondition: see :meth:`Container.create`.
+        """
+        if request.checkpoint:
+            raise FailedPrecondition(
+                "a container cannot be restored from a checkpoint by this version of the shim"
+            )
+        if not request.id or not request.bundle.is_absolute():
+            raise InvalidArgument("a container needs an id and an absolute bundle directory")
+        if request.id in self._containers or request.id in self._creating:
+            raise AlreadyExists(
+                f"container '{request.id}' is created already", resource=("task", request.id)
+            )
+        return await self._to_the_end(self._create(request))
+
+    async def start(self, container: Container, process: Process) -> None:
+        """See :meth:`Container.start`."""
+        await self._to_the_end(container.start(process))
+
+    async def pause(self, container: Container) -> None:
+        """See :meth:`Container.pause`."""
+        await self._to_the_end(container.pause())
+
+    async def resume(self, container: Container) -> None:
+        """See :meth:`Container.resume`."""
+        await self._to_the_end(container.resume())
+
+    async def delete(self, container: Container, process: Process) -> None:
+        """Delete a process; with init goes the container."""
+        await self._to_the_end(self._delete(container, process))
+
+    def request_shutdown(self, *, now: bool) -> None:
+        """End the shim once it is empty; does nothing while there are containers, as upstream."""
+        if len(self):
+            return
+        self.shutdown.set()
+        if now:
+            self.shutdown_now.set()
+
+    def save(self) -> None:
+        """Write the state file."""
+        state = {
+            "epoch": self.epoch,
+            "containers": [container.state() for container in self._containers.values()],
+        }
+        try:
+            self._home.write("state.json", state)
+        except OSError as error:
+            log.warning("state file cannot be written", error=error.strerror)
+
+    async def finish(self) -> None:
+        """Wait for the calls that are under way."""
+        while self._running:
+            await asyncio.wait(list(self._running))
+
+    async def _create(self, request: CreateRequest) -> Container:
+        bundle = Bundle(request.bundle)
+        options = self._complete(request.options)
+        container = Container(
+            request.id,
+            bundle=bundle,
+            runtime=RuncRuntime(
+                request.id,
+                options,
+                log_file=bundle.runtime_log,
+                reaper=self._around.reaper,
+                timeout_s=self._runtime_timeout_s,
+            ),
+            options=options,
+            stdio=request.stdio,
+            rootfs=request.rootfs,
+            surroundings=self._around,
+            changed=self.save,
+        )
+        self._creating.add(request.id)
+        try:
+            options.root.mkdir(parents=True, exist_ok=True, mode=0o711)
+            await container.create()
+            self._containers[request.id] = container
+        finally:
+            self._creating.discard(request.id)
+        self.save()
+        return container
+
+    async def _delete(self, container: Container, process: Process) -> None:
+        await container.delete(process)
+        if process is container.init:
+            self._containers.pop(container.id, None)
+            self.save()
+            if not len(self):
+                self.emptied.set()
+
+    def _complete(self, options: RuntimeOptions) -> RuntimeOptions:
+        binary = options.binary or self._default_runtime
+        root = options.root
+        if root == Path():
+            root = self._runtime_state / Path(binary).name
+        return replace(options, binary=binary, root=root / self._around.namespace)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        # A caller that gave up does not fetch the failure.
+        if not task.cancelled():
+            task.exception()

@@ -1,0 +1,50 @@
+"""The shims' metrics in one page, with one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from services.containerd.tasks.known import Standing
+from tests.fakes.task_node import NS, TaskNode
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COUNT = 200
+
+
+async def test_many_shims_are_one_page_and_a_stuck_one_is_counted(tmp_path: Path) -> None:
+    node = TaskNode(tmp_path)
+    node.factory.registering = False
+    await node.start(serve=False)
+    try:
+        turns = asyncio.Semaphore(16)
+
+        async def begin(container_id: str) -> None:
+            async with turns:
+                known = await node.shims.begin(NS, container_id, b"{}")
+                await node.tasks._launch(node.factory, known)
+                known.turn(Standing.REACHABLE)
+
+        await asyncio.gather(*(begin(f"c{index}") for index in range(COUNT)))
+        await node.shims.scrape(timeout_s=5)  # connects every channel
+        node.shim("c7").hanging.add("Metrics")
+        began = time.perf_counter()
+        page = await node.shims.scrape(timeout_s=0.5)
+        took_s = time.perf_counter() - began
+        assert took_s < 1.0
+        assert page.count(b"fake_up{") == COUNT - 1
+        assert page.count(b"# TYPE fake_up gauge") == 1
+        assert b'shim="c7"' not in page
+        unanswered = node.registry.get_sample_value(
+            "theseus_containerd_shim_scrapes_unanswered_total"
+        )
+        assert unanswered == 1
+        known = node.registry.get_sample_value(
+            "theseus_containerd_shims", {"standing": "reachable"}
+        )
+        assert known == COUNT
+    finally:
+        await node.close()

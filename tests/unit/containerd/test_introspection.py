@@ -1,0 +1,71 @@
+"""The list of plugins, as clients ask for it, and the metrics that go with what is recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.common.errors import InvalidArgument
+from services.common.metrics import render_registry
+from services.containerd import plugins
+from services.containerd.content.descriptor import Descriptor, Platform
+from services.containerd.gc.collector import Collection
+from services.containerd.gc.graph import Node
+from services.containerd.images.store import Image
+from services.containerd.metadata import meta as meta_rows
+from services.containerd.metrics import ContainerdMetrics
+from tests.fakes.metadata import open_metadata
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALL = plugins.list_plugins(
+    platform=Platform("linux", "amd64"),
+    content_root="/r/content",
+    snapshotters={"overlayfs": "/r/snapshots/overlayfs"},
+)
+
+
+def test_a_client_finds_the_snapshotter_with_its_platform() -> None:
+    [found] = plugins.find(ALL, [f"type=={plugins.SNAPSHOTTER},id==overlayfs"])
+    assert found.platforms == (Platform("linux", "amd64"),)
+    assert found.exports == {"root": "/r/snapshots/overlayfs"}
+
+
+def test_filters_on_plugins() -> None:
+    assert plugins.find(ALL, []) == ALL
+    assert {p.id for p in plugins.find(ALL, [f"type=={plugins.GRPC}"])} >= {"content", "tasks"}
+    assert plugins.find(ALL, ["id==nothing"]) == []
+    with pytest.raises(InvalidArgument):
+        plugins.find(ALL, ["type="])
+
+
+def test_what_a_plugin_requires_is_in_the_list() -> None:
+    types = {plugin.type for plugin in ALL}
+    assert {required for plugin in ALL for required in plugin.requires} <= types
+
+
+async def test_the_epoch_grows_with_every_start(tmp_path: Path) -> None:
+    for expected in (1, 2, 3):
+        async with open_metadata(tmp_path) as meta:
+            assert await meta.db.write(meta_rows.next_epoch) == expected
+            first = await meta.db.write(
+                lambda tx, n=expected: meta_rows.setdefault(tx, "k", f"{n}")
+            )  # type: ignore[misc]
+            assert first == "1"
+
+
+async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    metrics = ContainerdMetrics(registry)
+    async with open_metadata(tmp_path) as meta:
+        await meta.images.create("a", Image("x", Descriptor("t", "sha256:" + "a" * 64, 1)))
+        await metrics.refresh(meta.db)
+        metrics.observe_collection(Collection((Node("snapshots/overlayfs", "a", "k"),), 7, 0.1))
+    page = render_registry(registry).decode()
+    assert 'theseus_containerd_objects{kind="images"} 1.0' in page
+    assert "theseus_containerd_journal_seq 1.0" in page
+    assert 'theseus_containerd_gc_removed_total{kind="snapshots"} 1.0' in page
+    assert "theseus_containerd_gc_freed_bytes_total 7.0" in page
