@@ -16,7 +16,6 @@ EXTRAS = {
     "aiohttp": "containerd",
     "isal": "containerd",
     "zstandard": "containerd",
-    "pyroute2": "daemon",
 }
 
 BLOCKER = """
