@@ -20,9 +20,8 @@ from aiohttp import web
 from services.containerd.content.digest import digest_of
 
 if TYPE_CHECKING:
-    from tests.fakes.images import Blobs
-
     from services.containerd.content.descriptor import Descriptor
+    from tests.fakes.images import Blobs
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<what>uploads/.*|[^/]+)")
 

@@ -64,6 +64,9 @@ _BAD_ENTRY = (
     errno.EFBIG,
     errno.EILSEQ,
     errno.EBUSY,
+    errno.E2BIG,
+    errno.ERANGE,
+    errno.EOPNOTSUPP,
 )
 
 
@@ -126,7 +129,7 @@ class LayerApplier:
             except OSError as error:
                 raise _explained(error, entry) from error
             except RecursionError as error:
-                raise InvalidArgument(f"a name in the layer is too deep: {name[:128]}") from error
+                raise InvalidArgument(f"a name in the layer is too deep: {name[:128]!r}") from error
         self._set_directory_times()
 
     def sync(self) -> None:

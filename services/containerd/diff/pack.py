@@ -85,7 +85,7 @@ def pack_layer(
                 return _write(output, found, media_type, newest_ns)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FailedPrecondition(
-            f"{error.filename} vanished, or was replaced, while it was read"
+            f"{error.filename!r} vanished, or was replaced, while it was read"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

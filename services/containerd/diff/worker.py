@@ -42,6 +42,7 @@ def main() -> None:
     log.configure("containerd-layers")
     linux.set_process_name("theseus-layers")
     linux.set_parent_death_signal(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the service to act on
     sys.setrecursionlimit(sys.getrecursionlimit() + 4 * _DEEPEST_NAME)
     os.umask(0)
     with contextlib.suppress(PermissionError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +34,7 @@ class GcSchedule:
         delay_s: time between a deletion and its collection, so that one does for many.
         interval_s: time after which one runs in any case: leases expire by themselves.
         observe: told about each collection, for metrics.
+        retry_s: time from a collection that failed to the next one.
     """
 
     def __init__(
@@ -44,11 +44,13 @@ class GcSchedule:
         delay_s: float,
         interval_s: float,
         observe: Callable[[Collection], None],
+        retry_s: float = 1.0,
     ) -> None:
         self._collector = collector
         self._delay_s = delay_s
         self._interval_s = interval_s
         self._observe = observe
+        self._retry_s = retry_s
         self._wanted = asyncio.Event()
 
     def request(self) -> None:
@@ -74,11 +76,11 @@ class GcSchedule:
                 async with asyncio.timeout(self._interval_s):
                     await self._wanted.wait()
             await asyncio.sleep(pause_s)
-            began = time.perf_counter()
             try:
-                await self.collect()
+                collection = await self.collect()
             except Exception:
                 log.exception("collection failed")
                 self._wanted.set()
-            took_s = time.perf_counter() - began
-            pause_s = max(self._delay_s, took_s / PAUSE_SHARE)
+                pause_s = self._retry_s
+            else:
+                pause_s = max(self._delay_s, collection.seconds / PAUSE_SHARE)

@@ -18,6 +18,7 @@ directory must have its name before there is a row.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import time
@@ -26,7 +27,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from services.containerd.content.labels import checked_labels
 from services.containerd.metadata import snapshots as rows
 from services.containerd.mounts import Mount
@@ -298,6 +305,10 @@ class OverlaySnapshotter:
             )
         except FileNotFoundError as error:
             raise NotFound("the parent snapshot was removed meanwhile") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ResourceExhausted("no room for a snapshot: make some and try again") from error
 
     def _discard(self, directory: Path) -> None:
         """Remove what no row names; a failure is logged, and ``cleanup`` tries again."""

@@ -49,7 +49,7 @@ class Progress:
 class Report(Protocol):
     """Takes reports in. It does not block, and may drop some of a blob that moves on."""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress, /) -> None:
         """Report ``progress``."""
 
 

@@ -63,7 +63,9 @@ def stop_signal(record: ContainerRecord) -> int:
     return parse_signal(wanted, default=_SIGTERM)
 
 
-def check(config: ContainerConfig, image: ImageConfig, host: HostFacts) -> tuple[list[str], tuple[str, ...]]:
+def check(
+    config: ContainerConfig, image: ImageConfig, host: HostFacts
+) -> tuple[list[str], tuple[str, ...]]:
     """Check everything that can be checked before anything is made.
 
     Returns:

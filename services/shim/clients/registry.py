@@ -99,7 +99,6 @@ class RegistryClient:
         channel = connect(self._address)
         try:
             call = registry_pb2_grpc.RegistryStub(channel).Register()
-            await call.write(registry_pb2.RegisterRequest(hello=self._hello()))
             welcome = await self._welcome(call)
             welcomed = True
             self._accept(welcome)
@@ -115,6 +114,7 @@ class RegistryClient:
 
     async def _welcome(self, call: _Call) -> registry_pb2.Welcome:
         async with asyncio.timeout(_WELCOME_LIMIT_S):
+            await call.write(registry_pb2.RegisterRequest(hello=self._hello()))
             response = await call.read()
         if not isinstance(response, registry_pb2.RegisterResponse):  # EOF
             raise _Refused("containerd ended the stream without a welcome")
@@ -151,7 +151,7 @@ class RegistryClient:
             task.result()
 
     async def _receive(self, call: _Call) -> None:
-        async for response in call:
+        while isinstance(response := await call.read(), registry_pb2.RegisterResponse):
             if response.WhichOneof("message") == "ack":
                 self._spool.acknowledge(response.ack.seq)
 

@@ -84,9 +84,7 @@ def _v1_memory(path: Path, metrics: v1.Metrics) -> None:
     for name, value in read_table(path / "memory.stat").items():
         prefix = "total_" if name.startswith("total_") else ""
         plain = name.removeprefix("total_")
-        field = prefix + _MEMORY_STAT_NAMES.get(plain, plain)
-        if field in memory.DESCRIPTOR.fields_by_name:
-            setattr(memory, field, value)
+        _set(memory, prefix + _MEMORY_STAT_NAMES.get(plain, plain), value)
     for entry, infix in (
         (memory.usage, ""),
         (memory.swap, "memsw."),
@@ -149,5 +147,11 @@ def _v2(cgroup: Cgroup) -> Message:
 
 def _fill(message: Message, table: dict[str, int]) -> None:
     for name, value in table.items():
-        if name in message.DESCRIPTOR.fields_by_name:
-            setattr(message, name, value)
+        _set(message, name, value)
+
+
+def _set(message: Message, name: str, value: int) -> None:
+    """Set a field of a number, if there is one of that name."""
+    field = message.DESCRIPTOR.fields_by_name.get(name)
+    if field is not None and field.message_type is None:
+        setattr(message, name, value)

@@ -6,8 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.fakes.images import Blobs, build_image, build_index
-from tests.fakes.registry import FakeRegistry, Fault
 
 from services.common.errors import (
     DataLoss,
@@ -30,6 +28,8 @@ from services.containerd.remotes.distribution import DistributionRegistries
 from services.containerd.remotes.http import HttpLimits
 from services.containerd.remotes.remote import Credentials, RegistryAccess
 from services.containerd.remotes.retry import RetryPolicy, parse_retry_after
+from tests.fakes.images import Blobs, build_image, build_index
+from tests.fakes.registry import FakeRegistry, Fault
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -450,11 +450,14 @@ async def test_push_mounts_what_another_repository_has(
 ) -> None:
     descriptor = big(registry)
 
+    sent = []
+
     async def read() -> AsyncIterator[bytes]:
-        raise AssertionError("nothing has to be sent")
-        yield b""
+        sent.append(descriptor)
+        yield BIG
 
     await remote(registries, registry).push(descriptor, read, mount_from="lib/other")
+    assert sent == []
     assert registry.requests("PUT", "/") == []
 
 

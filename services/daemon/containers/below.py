@@ -1,0 +1,55 @@
+"""The collaborators that every operation on containers shares, in one hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from services.daemon.containers.exec_store import ExecStore
+    from services.daemon.containers.files import ContainerFiles
+    from services.daemon.containers.locks import OperationLocks
+    from services.daemon.containers.observer import Observer
+    from services.daemon.containers.runtime import RuntimeContainers, Snapshots, Tasks
+    from services.daemon.containers.store import ContainerStore
+    from services.daemon.networks.network import Network
+    from services.daemon.volumes.store import VolumeStore
+
+
+def no_trace(_step: str) -> None:
+    """Does nothing; tests of crashes put something else in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """What containers are made of, and made with.
+
+    Attributes:
+        store: the records.
+        execs: those of further processes.
+        locks: one operation at a time on one container.
+        containers, snapshots, tasks: containerd's.
+        snapshotter: name of the snapshotter that ``snapshots`` uses.
+        network: the default bridge.
+        netns_directory: where network namespaces are mounted.
+        scratch: directory for mounts of a moment.
+        trace: called with a step's name when the step is done.
+    """
+
+    store: ContainerStore
+    execs: ExecStore
+    locks: OperationLocks
+    containers: RuntimeContainers
+    snapshots: Snapshots
+    tasks: Tasks
+    snapshotter: str
+    network: Network
+    netns_directory: Path
+    volumes: VolumeStore
+    files: ContainerFiles
+    scratch: Path
+    observer: Observer
+    trace: Callable[[str], None] = no_trace

@@ -1,0 +1,136 @@
+"""What has to be done for containers that nobody is waiting for, until it is done.
+
+    exited     cleaned up; removed, if it was created to be
+    created    cleaned up, after a start that was given up
+    removing   removed to the end
+    creating   (only after a crash) removed
+
+One task for each container that needs it; a failure is tried again, with growing pauses, and at
+once when containerd comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common.errors import DeadlineExceeded, TheseusError, Unavailable
+from services.daemon.containers.record import ContainerRecord, State
+
+if TYPE_CHECKING:
+    from services.common.background import Background
+    from services.daemon.containers.below import Below
+    from services.daemon.containers.cleanup import Cleaner
+    from services.daemon.containers.record import ContainerId
+    from services.daemon.containers.remove import Remover
+
+log = structlog.get_logger(__name__)
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 30.0
+RETURN_GRACE_S = 2.0
+"""After a start of the daemon: clients that were attached get this long to attach again before
+what they want to read is taken away."""
+
+
+class Caretaker:
+    """Looks after containers in the background.
+
+    Args:
+        background: owns the tasks.
+    """
+
+    def __init__(
+        self, below: Below, cleaner: Cleaner, remover: Remover, background: Background
+    ) -> None:
+        self._below = below
+        self._cleaner = cleaner
+        self._remover = remover
+        self._background = background
+        self._tending: set[ContainerId] = set()
+        self._again: set[ContainerId] = set()
+        self._retry = asyncio.Event()
+        self._not_before_s = 0.0
+
+    def returned(self) -> None:
+        """The daemon has just started: give clients time to come back; then tend to everyone."""
+        self._not_before_s = asyncio.get_running_loop().time() + RETURN_GRACE_S
+        for record in self._below.store.list_all():
+            if self._needed(record):
+                self.tend(record.id)
+
+    def retry_now(self) -> None:
+        """containerd is back: what failed for want of it may go through."""
+        self._retry.set()
+        self._retry = asyncio.Event()
+
+    def tend(self, container_id: ContainerId) -> None:
+        """Look after a container as its state wants it; returns at once."""
+        if container_id in self._tending:
+            self._again.add(container_id)
+            return
+        self._tending.add(container_id)
+        self._background.start(self._tend(container_id), name=f"tend-{container_id[:12]}")
+
+    async def _tend(self, container_id: ContainerId) -> None:
+        try:
+            while True:
+                self._again.discard(container_id)
+                await self._until_done(container_id)
+                if container_id not in self._again:
+                    return
+        finally:
+            self._tending.discard(container_id)
+            self._again.discard(container_id)
+
+    async def _until_done(self, container_id: ContainerId) -> None:
+        record = self._below.store.get(container_id)
+        if record is not None and record.state is State.EXITED and record.unclean:
+            # Those who wait for the end are told once the network is free again.
+            await self._cleaner.release_network(container_id)
+        await self._grace()
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                async with self._below.locks.hold(container_id):
+                    await self._once(container_id)
+                return
+            except (Unavailable, DeadlineExceeded) as error:
+                log.debug("clean-up postponed", container_id=container_id, error=error.message)
+            except TheseusError as error:
+                log.warning("clean-up failed", container_id=container_id, error=error.message)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._retry.wait()
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    async def _once(self, container_id: ContainerId) -> None:
+        record = self._below.store.get(container_id)
+        if record is None or record.live:
+            return
+        if record.state is State.CREATING:
+            record = await self._remover.begin(container_id, volumes=True)
+        if record.state is not State.REMOVING:
+            await self._cleaner.clean(container_id)
+            if record.state is not State.EXITED or not record.config.auto_remove:
+                return
+            record = await self._remover.begin(container_id, volumes=True)
+        await self._remover.finish(record)
+
+    async def _grace(self) -> None:
+        wait_s = self._not_before_s - asyncio.get_running_loop().time()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+
+    @staticmethod
+    def _needed(record: ContainerRecord) -> bool:
+        if record.live:
+            return False
+        return (
+            record.unclean
+            or record.state in (State.CREATING, State.REMOVING)
+            or (record.state is State.EXITED and record.config.auto_remove)
+        )

@@ -1,0 +1,306 @@
+"""Starts a real factory and real shims for tests, and speaks to them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+from google.protobuf import any_pb2
+
+from protos.containerd.task.v3 import shim_pb2, shim_pb2_grpc
+from protos.containerd.types.runc.options import oci_pb2
+from protos.theseus.shim.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    streams_pb2,
+    streams_pb2_grpc,
+)
+from services.common.client import connect
+from services.common.rpc_errors import translated
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CALL_LIMIT_S = 20
+
+
+class FactoryProcess:
+    """A running ``theseus-shim factory``."""
+
+    def __init__(self, directory: Path, *, prefix: tuple[str, ...] = ()) -> None:
+        self.socket = directory / "factory.sock"
+        program = [sys.executable, "-m", "services.shim", "factory", "--socket", str(self.socket)]
+        with (directory / "factory.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *program], stdin=subprocess.PIPE, stderr=log, cwd=REPOSITORY
+            )
+        deadline = time.monotonic() + 20
+        while not self.socket.exists():
+            assert self.process.poll() is None, (directory / "factory.log").read_text()
+            assert time.monotonic() < deadline, "the factory does not serve"
+            time.sleep(0.01)
+
+    def ask(self, request, *, limit_s: float = 20) -> dict:
+        """One request, JSON or raw bytes; empty when it was answered by a hang-up."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(limit_s)
+            connection.connect(str(self.socket))
+            data = request if isinstance(request, bytes) else json.dumps(request).encode()
+            connection.send(data)
+            answer = connection.recv(65536)
+            return json.loads(answer) if answer else {}
+
+    def stop(self) -> int:
+        """Close its standard input; returns its exit code."""
+        self.process.stdin.close()
+        return self.process.wait(10)
+
+
+class RunningShim:
+    """A shim that the factory started, and stubs to it."""
+
+    def __init__(self, answer: dict, request: dict) -> None:
+        self.pid = answer["pid"]
+        self.request = request
+        self.bundle = Path(request["bundle"])
+        self.id = request["id"]
+        self.pidfd = os.pidfd_open(self.pid)
+        self.channel = connect(request["socket"], namespace=request["namespace"])
+        self.task = shim_pb2_grpc.TaskStub(self.channel)
+        self.streams = streams_pb2_grpc.StreamsStub(self.channel)
+        self.control = control_pb2_grpc.ControlStub(self.channel)
+
+    async def call(self, name: str, request):
+        """A call of the task API; raises our errors."""
+        with translated():
+            return await getattr(self.task, name)(request, timeout=CALL_LIMIT_S)
+
+    async def create(self, *, binary="", rootfs=(), options=None, **streams):
+        """Create the container."""
+        packed = options
+        if packed is None:
+            value = oci_pb2.Options(binary_name=str(binary)).SerializeToString()
+            packed = any_pb2.Any(type_url="containerd.runc.v1.Options", value=value)
+        request = shim_pb2.CreateTaskRequest(
+            id=self.id, bundle=str(self.bundle), rootfs=rootfs, options=packed, **streams
+        )
+        return await self.call("Create", request)
+
+    async def start(self, exec_id=""):
+        """Start a process."""
+        return await self.call("Start", shim_pb2.StartRequest(id=self.id, exec_id=exec_id))
+
+    async def exec(self, exec_id, arguments, *, cwd="/", **streams):
+        """Add and start an exec process."""
+        spec = {
+            "args": arguments,
+            "cwd": cwd,
+            "env": ["PATH=/bin:/usr/bin"],
+            "user": {"uid": 0, "gid": 0},
+            "terminal": streams.get("terminal", False),
+        }
+        value = json.dumps(spec).encode()
+        request = shim_pb2.ExecProcessRequest(
+            id=self.id, exec_id=exec_id, spec=any_pb2.Any(value=value), **streams
+        )
+        await self.call("Exec", request)
+        return await self.start(exec_id)
+
+    async def state(self, exec_id=""):
+        """State of a process."""
+        return await self.call("State", shim_pb2.StateRequest(id=self.id, exec_id=exec_id))
+
+    async def wait(self, exec_id=""):
+        """Wait for a process."""
+        return await self.call("Wait", shim_pb2.WaitRequest(id=self.id, exec_id=exec_id))
+
+    async def kill(self, signum=signal.SIGKILL, exec_id="", **more):
+        """Signal a process."""
+        await self.call(
+            "Kill", shim_pb2.KillRequest(id=self.id, exec_id=exec_id, signal=signum, **more)
+        )
+
+    async def delete(self, exec_id=""):
+        """Delete a process."""
+        return await self.call("Delete", shim_pb2.DeleteRequest(id=self.id, exec_id=exec_id))
+
+    async def shutdown(self, *, now=False):
+        """Ask the shim to end."""
+        await self.call("Shutdown", shim_pb2.ShutdownRequest(id=self.id, now=now))
+
+    def attach(self, *, exec_id="", **start):
+        """An attach call whose start is sent."""
+        return Attachment(self, exec_id, start)
+
+    async def output(self, *, exec_id="", offset=0, **start):
+        """Everything that a process writes, to its end, by stream."""
+        streams = {1: b"", 2: b""}
+        async with self.attach(exec_id=exec_id, output=True, offset=offset, **start) as attached:
+            async for response in attached:
+                if response.HasField("output"):
+                    streams[response.output.stream] += response.output.data
+        return streams[1], streams[2]
+
+    async def metrics(self) -> str:
+        """The metrics page."""
+        page = await self.control.Metrics(control_pb2.MetricsRequest(), timeout=CALL_LIMIT_S)
+        return page.text.decode()
+
+    async def info(self):
+        """Who it is."""
+        return await self.control.Info(control_pb2.InfoRequest(), timeout=CALL_LIMIT_S)
+
+    async def ended(self, limit_s: float = 10) -> None:
+        """Wait until the process is gone."""
+        loop = asyncio.get_running_loop()
+        gone = loop.create_future()
+        loop.add_reader(self.pidfd, lambda: gone.done() or gone.set_result(None))
+        try:
+            async with asyncio.timeout(limit_s):
+                await gone
+        finally:
+            loop.remove_reader(self.pidfd)
+
+    async def close(self) -> None:
+        """Let go of it; it is killed if it is still there."""
+        await self.channel.close()
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        else:
+            await self.ended()
+        os.close(self.pidfd)
+
+
+class Attachment:
+    """One Attach call."""
+
+    def __init__(self, shim: RunningShim, exec_id: str, start: dict) -> None:
+        self._call = shim.streams.Attach(timeout=CALL_LIMIT_S)
+        self._start = streams_pb2.AttachStart(container_id=shim.id, exec_id=exec_id, **start)
+        self.started = None
+
+    async def __aenter__(self):
+        with translated():
+            await self._call.write(streams_pb2.AttachRequest(start=self._start))
+            self.started = (await self._read()).started
+        return self
+
+    async def __aexit__(self, *_):
+        self._call.cancel()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        with translated():
+            response = await self._read()
+        if response is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return response
+
+    async def write(self, offset, data):
+        """Send input."""
+        request = streams_pb2.AttachRequest(input=streams_pb2.Input(offset=offset, data=data))
+        await self._call.write(request)
+
+    async def close_input(self):
+        """Send end of input."""
+        request = streams_pb2.AttachRequest(close_input=streams_pb2.CloseInput())
+        await self._call.write(request)
+
+    async def resize(self, width, height):
+        """Send a size."""
+        request = streams_pb2.AttachRequest(
+            resize=streams_pb2.Resize(width=width, height=height)
+        )
+        await self._call.write(request)
+
+    async def read_until(self, text: bytes) -> bytes:
+        """Output up to and with ``text``."""
+        data = b""
+        while text not in data:
+            response = await anext(self)
+            data += response.output.data
+        return data
+
+    async def _read(self):
+        response = await self._call.read()
+        if response is grpc.aio.EOF:
+            # A failed call says why only here.
+            if await self._call.code() is not grpc.StatusCode.OK:
+                raise grpc.aio.AioRpcError(
+                    await self._call.code(),
+                    await self._call.initial_metadata(),
+                    await self._call.trailing_metadata(),
+                    details=await self._call.details(),
+                )
+        return response
+
+
+class ShimMaker:
+    """Makes bundles and shims below a directory; closes what it made."""
+
+    def __init__(self, factory: FactoryProcess, directory: Path) -> None:
+        self._factory = factory
+        self.directory = directory
+        self.registry_socket = directory / "state" / "containerd.sock"
+        (directory / "state" / "s").mkdir(parents=True)
+        self._stack = AsyncExitStack()
+        self.bundles = 0
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *details):
+        await self._stack.aclose()
+
+    def bundle(self, spec: dict, name: str = "") -> Path:
+        """A bundle with a spec."""
+        self.bundles += 1
+        path = self.directory / "tasks" / (name or f"c{self.bundles}")
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(spec))
+        return path
+
+    def request(self, bundle: Path, **more) -> dict:
+        """A factory request."""
+        return {
+            "namespace": "test",
+            "id": bundle.name,
+            "bundle": str(bundle),
+            "socket": str(self.directory / "state" / "s" / secrets.token_hex(8)),
+            "registry": str(self.registry_socket),
+            "instance_id": secrets.token_hex(16),
+            "default_runtime": "runc",
+            "request_id": "r1",
+            "log_level": "info",
+            **more,
+        }
+
+    async def start(self, bundle: Path, **more) -> RunningShim:
+        """A shim for a bundle."""
+        request = self.request(bundle, **more)
+        answer = self._factory.ask(request)
+        assert "error" not in answer, answer
+        shim = RunningShim(answer, request)
+        self._stack.push_async_callback(shim.close)
+        return shim
+
+
+def plain_spec(*arguments: str, **process) -> dict:
+    """A spec for the fake runtime."""
+    return {
+        "ociVersion": "1.0.2",
+        "process": {"args": list(arguments), "env": [], "cwd": "/", **process},
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
+    }
