@@ -80,16 +80,22 @@ class Input:
     def read_from(self, fd: int, transform: Callable[[bytes], bytes] = bytes) -> None:
         """Start the thread that reads ``fd`` to its end; ``transform`` runs in the event loop."""
         loop = asyncio.get_running_loop()
+        delivered = threading.Event()
 
         def deliver(data: bytes) -> None:
             if not data:
                 self.feed(b"")
             elif data := transform(data):
                 self.feed(data)
+            delivered.set()
 
         def read() -> None:
             data = b"-"
+            delivered.set()
             while data:
+                # Only what was delivered counts against the room there is.
+                delivered.wait()
+                delivered.clear()
                 self._room.wait()
                 try:
                     data = os.read(fd, _PIECE_BYTES)

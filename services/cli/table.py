@@ -64,13 +64,14 @@ def ago(moment: Timestamp) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes with three or four digits and a unit of a power of 1000."""
+    """Bytes with three digits and a unit of a power of 1000."""
     figure = float(count)
     for prefix in _PREFIXES:
-        if figure < 1000 or prefix == _PREFIXES[-1]:
-            break
-        figure /= 1000
-    return f"{figure:.3g}{prefix}"
+        if float(f"{figure:.3g}") < 1000:
+            return f"{figure:.3g}{prefix}"
+        if prefix != _PREFIXES[-1]:
+            figure /= 1000
+    return f"{figure:.0f}{prefix}"
 
 
 def _plural(number: int, name: str) -> str:

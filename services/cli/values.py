@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)i?b?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)i?b?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
 _PORT = re.compile(
     r"(?:(?P<ip>\[[^]]*\]|[^:/]*):)??(?:(?P<host>\d*(?:-\d+)?):)?"
-    r"(?P<container>\d+(?:-\d+)?)(?:/(?P<protocol>\w+))?"
+    r"(?P<container>\d+(?:-\d+)?)(?:/(?P<protocol>\w+))?",
+    re.ASCII,
 )
 _PORT_MAX = 65535
 
@@ -53,9 +54,9 @@ def number(text: str, what: str) -> int:
 
 def seconds(text: str) -> Decimal:
     """A duration: a number of seconds, or a sequence such as ``1h30m``, ``10s``, ``500ms``."""
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return Decimal(text)
-    if not re.fullmatch(f"(?:{_DURATION.pattern})+", text):
+    if not re.fullmatch(f"(?:{_DURATION.pattern})+", text, re.ASCII):
         raise UsageError(f"'{text}' is not a duration: write one such as 90s or 1h30m")
     return sum((Decimal(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text)), Decimal(0))
 

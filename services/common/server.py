@@ -15,6 +15,7 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -40,7 +41,6 @@ SOCKET_GROUP = "theseus"
 UNIX_PATH_MAX_BYTES = 107
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _NAMESPACE_MAX_LENGTH = 76
-_QUIET_CODES = frozenset({grpc.StatusCode.OK, grpc.StatusCode.CANCELLED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +133,21 @@ class RpcServer:
             raise errors.FailedPrecondition(f"cannot bind the socket {new}: see the log above")
         await server.start()
         new.chmod(0o660)
-        try:
-            os.chown(new, -1, grp.getgrnam(SOCKET_GROUP).gr_gid)
-        except KeyError:
-            log.debug("socket group does not exist", group=SOCKET_GROUP)
+        group = socket_group()
+        if group is not None:
+            os.chown(new, -1, group)
         self._inode = new.stat().st_ino
         new.rename(self._socket)
+
+
+@cache
+def socket_group() -> int | None:
+    """Id of the group that may connect; None where it does not exist. Asked once: it is slow."""
+    try:
+        return grp.getgrnam(SOCKET_GROUP).gr_gid
+    except KeyError:
+        log.debug("socket group does not exist", group=SOCKET_GROUP)
+        return None
 
 
 def check_socket_path(path: Path) -> None:
@@ -268,8 +277,9 @@ class _Call:
             name = "OK" if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
             self._metrics.handled.labels(*self._labels, name).inc()
             self._metrics.handling.labels(*self._labels).observe(took_s)
-            write = log.debug if code in _QUIET_CODES else log.info
-            write("call handled", method=self._method, code=code.name, seconds=round(took_s, 6))
+            log.debug(
+                "call handled", method=self._method, code=code.name, seconds=round(took_s, 6)
+            )
 
     async def _fail(
         self, context: grpc.aio.ServicerContext[Any, Any], error: Exception

@@ -1,1 +1,1 @@
-"""containerd: content, images, snapshots, containers, tasks, leases and the event journal of a node."""
+"""containerd: images, snapshots, containers, tasks, leases and the journal of a node."""

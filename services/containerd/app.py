@@ -3,8 +3,8 @@
 Order of a start: the lock on the root, the database, what a crash left in the content store, the
 shims of the state directory, then the socket. From then on the API answers; what else has to be put
 right (snapshots' directories, garbage, shims that have not registered yet) happens behind it.
-A stop is the reverse: readers of events are told to come back, calls under way get their time, the
-database is closed, the lock goes.
+A stop is the reverse: readers of events and shims are told to come back, calls under way get their
+time, the database is closed, the lock goes.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from typing import TYPE_CHECKING, Self
 import structlog
 from prometheus_client import CollectorRegistry
 
-from protos.containerd.services.containers.v1 import containers_pb2, containers_pb2_grpc
-from protos.containerd.services.events.v1 import events_pb2, events_pb2_grpc
-from protos.containerd.services.images.v1 import images_pb2, images_pb2_grpc
-from protos.containerd.services.introspection.v1 import introspection_pb2, introspection_pb2_grpc
-from protos.containerd.services.leases.v1 import leases_pb2, leases_pb2_grpc
-from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
-from protos.containerd.services.version.v1 import version_pb2, version_pb2_grpc
-from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
 from services.common.background import Background
 from services.common.database import Database
 from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
 from services.common.root_lock import RootLock
-from services.common.server import RpcServer, Service
+from services.common.server import RpcServer
+from services.containerd.clients.shim import ShimClient
+from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.content.local import LocalContentStore
+from services.containerd.diff.local_applier import LocalApplier
+from services.containerd.diff.local_comparer import LocalComparer
+from services.containerd.diff.pool import WorkerPool
 from services.containerd.events.exchange import Exchange
 from services.containerd.events.journal import Journal
 from services.containerd.gc.collector import Collector
 from services.containerd.gc.lock import GcLock
 from services.containerd.gc.scheduler import GcSchedule
+from services.containerd.images.archive import ArchiveLimits, ArchiveReader
 from services.containerd.images.local import LocalImageStore
 from services.containerd.images.platform import host_platform
 from services.containerd.leases.manager import LeaseManager
 from services.containerd.metadata import meta
 from services.containerd.metadata.schema import MIGRATIONS
-from services.containerd.metrics import ContainerdMetrics
+from services.containerd.metrics import ContainerdMetrics, join_pages
 from services.containerd.namespaces.registry import Namespaces
 from services.containerd.plugins import list_plugins
+from services.containerd.remotes.distribution import DistributionRegistries
 from services.containerd.rpc.containers import ContainersService
+from services.containerd.rpc.content import ContentService
+from services.containerd.rpc.diff import DiffService
+from services.containerd.rpc.draining import DrainInterceptor
 from services.containerd.rpc.encoding import encode_event
 from services.containerd.rpc.events import EventsService, event_field
 from services.containerd.rpc.images import ImagesService
@@ -53,8 +55,30 @@ from services.containerd.rpc.introspection import IntrospectionService
 from services.containerd.rpc.journal import JournalService
 from services.containerd.rpc.leases import LeaseInterceptor, LeasesService
 from services.containerd.rpc.namespaces import NamespacesService
+from services.containerd.rpc.registry import RegistryService
+from services.containerd.rpc.served import services
+from services.containerd.rpc.snapshots import SnapshotsService
+from services.containerd.rpc.streaming import StreamingService, StreamRegister
+from services.containerd.rpc.streams import StreamsService
+from services.containerd.rpc.tasks import TasksService
+from services.containerd.rpc.transfer import TransferService
 from services.containerd.rpc.version import VersionService
 from services.containerd.snapshots.overlay import OverlaySnapshotter
+from services.containerd.tasks.bundle import Bundles
+from services.containerd.tasks.checkpoints import Checkpoints
+from services.containerd.tasks.factory import FactoryClient
+from services.containerd.tasks.journal import TaskJournal
+from services.containerd.tasks.manager import OUR_RUNTIMES, TaskManager
+from services.containerd.tasks.metrics import TaskMetrics
+from services.containerd.tasks.shims import Identity, ShimManager
+from services.containerd.tasks.undertaker import Undertaker
+from services.containerd.transfer.fetch import BlobFetcher
+from services.containerd.transfer.load import Loader
+from services.containerd.transfer.pull import Puller
+from services.containerd.transfer.push import Pusher
+from services.containerd.transfer.transfers import Transfers
+from services.containerd.transfer.unpack import LayerUnpacker
+from services.containerd.transfer.unpacking import ImageUnpacking
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -62,9 +86,6 @@ if TYPE_CHECKING:
     from services.containerd.config import Config
 
 log = structlog.get_logger(__name__)
-
-RUNTIMES = ("io.containerd.runc.v2", "io.containerd.runtime.v1.linux")
-"""Names of runtimes that mean our shim."""
 
 _JOURNAL_TRUNCATION_S = 600.0
 
@@ -79,14 +100,19 @@ class App:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._scratch = config.state / "scratch"
         self._stack = AsyncExitStack()
         self._registry = CollectorRegistry()
         self._metrics = ContainerdMetrics(self._registry)
+        self._build_storage()
+        self._build_images()
+
+    def _build_storage(self) -> None:
+        config = self._config
         self._db = Database(config.root / "meta.db")
         self._journal = Journal(
             self._db, encode_event, keep_events=config.journal_events, keep_s=config.journal_s
         )
-        self._exchange = Exchange(self._db, self._journal, event_field)
         gc_lock = GcLock()
         self._leases = LeaseManager(self._db, on_garbage=self._on_garbage)
         self._content = LocalContentStore(
@@ -114,7 +140,39 @@ class App:
         self._images = LocalImageStore(
             self._db, self._journal, on_garbage=self._on_garbage, collect=self._gc.collect
         )
-        self._identity = ""
+
+    def _build_images(self) -> None:
+        config = self._config
+        self._workers = WorkerPool(config.unpack_workers)
+        self._applier = LocalApplier(self._content, self._workers, self._scratch)
+        self._comparer = LocalComparer(self._content, self._workers, self._scratch)
+        self._registries = DistributionRegistries()
+        unpacker = LayerUnpacker(
+            self._content,
+            self._snapshotters,
+            self._applier,
+            self._leases,
+            default=config.snapshotter,
+        )
+        unpacker.check("")
+        unpacking = ImageUnpacking(self._content, unpacker, host=host_platform())
+        stores = self._content, self._images, self._leases
+        self._transfers = Transfers(
+            *stores,
+            puller=Puller(
+                *stores,
+                fetcher=BlobFetcher(self._content, max_downloads=config.max_downloads),
+                unpacking=unpacking,
+            ),
+            loader=Loader(
+                *stores,
+                reader=ArchiveReader(
+                    self._content, limits=ArchiveLimits(total_bytes=config.max_archive_bytes)
+                ),
+                unpacking=unpacking,
+            ),
+            pusher=Pusher(*stores, max_uploads=config.max_downloads),
+        )
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -133,94 +191,123 @@ class App:
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config
         await stack.enter_async_context(RootLock(config.root).held(config.lock_timeout_s))
-        await asyncio.to_thread(config.state.mkdir, parents=True, exist_ok=True, mode=0o711)
+        for directory in (config.state, self._scratch):
+            await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o711)
         await asyncio.to_thread(self._db.open, MIGRATIONS)
         stack.push_async_callback(asyncio.to_thread, self._db.close)
         self._journal.attach()
         epoch = await self._db.write(meta.next_epoch)
         self._metrics.epoch.set(epoch)
-        self._identity = await self._db.write(
-            lambda tx: meta.setdefault(tx, "uuid", str(uuid.uuid4()))
-        )
         await self._content.reconcile()
         for snapshotter in self._snapshotters.values():
             await snapshotter.open()
+        await stack.enter_async_context(self._workers)
+        await stack.enter_async_context(self._registries)
+        shims, tasks = await self._start_tasks(stack, epoch)
         background = await stack.enter_async_context(Background())
-        server = RpcServer(
-            tier="containerd",
-            socket=config.address,
-            services=self._services(),
-            metrics=ServerMetrics(self._registry),
-            interceptors=[LeaseInterceptor()],
-        )
-        await server.start()
-        stack.push_async_callback(server.stop, config.drain_s)
-        stack.callback(self._journal.stop)
-        if config.metrics_address:
-            endpoint = MetricsEndpoint(config.metrics_address, self._render_metrics)
-            await endpoint.start()
-            stack.push_async_callback(endpoint.stop)
+        await self._serve(stack, shims, tasks)
         background.start(self._gc.run(), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
         background.start(self._truncate_journal(), name="truncation of the journal")
         self._gc.request()
         log.info("serving", address=str(config.address), root=str(config.root), epoch=epoch)
 
-    def _services(self) -> list[Service]:
+    async def _start_tasks(
+        self, stack: AsyncExitStack, epoch: int
+    ) -> tuple[ShimManager, TaskManager]:
+        config = self._config
+        metrics = TaskMetrics(self._registry)
+        journal = TaskJournal(self._db, self._journal, ShimEventCodec())
+        bundles = Bundles(config.state)
+        factory = await stack.enter_async_context(
+            FactoryClient(
+                config.shim,
+                socket=config.state / "factory.sock",
+                registry=config.address,
+                default_runtime=config.default_runtime,
+                log_level=config.log_level,
+            )
+        )
+        shims = await stack.enter_async_context(
+            ShimManager(
+                bundles=bundles,
+                journal=journal,
+                undertaker=Undertaker(journal),
+                connect=ShimClient,
+                metrics=metrics,
+                identity=Identity(uuid.uuid4().hex, epoch),
+                grace_s=config.shim_grace_s,
+            )
+        )
+        tasks = TaskManager(
+            containers=self._containers,
+            bundles=bundles,
+            shims=shims,
+            launchers=dict.fromkeys(OUR_RUNTIMES, factory),
+            journal=journal,
+            metrics=metrics,
+        )
+        return shims, tasks
+
+    async def _serve(self, stack: AsyncExitStack, shims: ShimManager, tasks: TaskManager) -> None:
+        config = self._config
+        identity = await self._db.write(lambda tx: meta.setdefault(tx, "uuid", str(uuid.uuid4())))
+        drain = DrainInterceptor()
+        server = RpcServer(
+            tier="containerd",
+            socket=config.address,
+            services=services(self._servicers(shims, tasks, identity).items()),
+            metrics=ServerMetrics(self._registry),
+            interceptors=[LeaseInterceptor(), drain],
+        )
+        await server.start()
+        stack.push_async_callback(server.stop, config.drain_s)
+        stack.callback(shims.drain)
+        stack.callback(drain.drain)
+        stack.callback(self._journal.stop)
+        if config.metrics_address:
+
+            async def render() -> bytes:
+                await self._metrics.refresh(self._db)
+                page = await asyncio.to_thread(render_registry, self._registry)
+                return join_pages(page, await shims.scrape())
+
+            endpoint = MetricsEndpoint(config.metrics_address, render)
+            await endpoint.start()
+            stack.push_async_callback(endpoint.stop)
+
+    def _servicers(
+        self, shims: ShimManager, tasks: TaskManager, identity: str
+    ) -> dict[str, object]:
         plugins = list_plugins(
             platform=host_platform(),
             content_root=str(self._config.root / "content"),
             snapshotters={name: str(s.root) for name, s in self._snapshotters.items()},
         )
-        return [
-            Service(
-                containers_pb2_grpc.add_ContainersServicer_to_server,
-                ContainersService(self._containers),
-                containers_pb2.DESCRIPTOR.services_by_name["Containers"],
+        streams = StreamRegister()
+        return {
+            "containers": ContainersService(self._containers),
+            "content": ContentService(self._content),
+            "diff": DiffService(self._applier, self._comparer),
+            "events": EventsService(Exchange(self._db, self._journal, event_field)),
+            "images": ImagesService(self._images),
+            "introspection": IntrospectionService(plugins, uuid=identity, runtimes=OUR_RUNTIMES),
+            "journal": JournalService(self._journal),
+            "leases": LeasesService(self._leases, collect=self._gc.collect),
+            "namespaces": NamespacesService(self._namespaces),
+            "registry": RegistryService(shims),
+            "snapshots": SnapshotsService(self._snapshotters),
+            "streaming": StreamingService(streams),
+            "streams": StreamsService(tasks),
+            "tasks": TasksService(
+                tasks, self._containers, Checkpoints(self._content, self._scratch)
             ),
-            Service(
-                images_pb2_grpc.add_ImagesServicer_to_server,
-                ImagesService(self._images),
-                images_pb2.DESCRIPTOR.services_by_name["Images"],
-            ),
-            Service(
-                namespace_pb2_grpc.add_NamespacesServicer_to_server,
-                NamespacesService(self._namespaces),
-                namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
-            ),
-            Service(
-                leases_pb2_grpc.add_LeasesServicer_to_server,
-                LeasesService(self._leases, collect=self._gc.collect),
-                leases_pb2.DESCRIPTOR.services_by_name["Leases"],
-            ),
-            Service(
-                events_pb2_grpc.add_EventsServicer_to_server,
-                EventsService(self._exchange),
-                events_pb2.DESCRIPTOR.services_by_name["Events"],
-            ),
-            Service(
-                journal_pb2_grpc.add_JournalServicer_to_server,
-                JournalService(self._journal),
-                journal_pb2.DESCRIPTOR.services_by_name["Journal"],
-            ),
-            Service(
-                introspection_pb2_grpc.add_IntrospectionServicer_to_server,
-                IntrospectionService(plugins, uuid=self._identity, runtimes=RUNTIMES),
-                introspection_pb2.DESCRIPTOR.services_by_name["Introspection"],
-            ),
-            Service(
-                version_pb2_grpc.add_VersionServicer_to_server,
-                VersionService(),
-                version_pb2.DESCRIPTOR.services_by_name["Version"],
-            ),
-        ]
+            "transfer": TransferService(self._transfers, self._registries, streams),
+            "version": VersionService(),
+        }
 
     def _on_garbage(self) -> None:
         self._gc.request()
-
-    async def _render_metrics(self) -> bytes:
-        await self._metrics.refresh(self._db)
-        return await asyncio.to_thread(render_registry, self._registry)
 
     async def _clean_snapshots(self) -> None:
         for snapshotter in self._snapshotters.values():

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
-_REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +37,9 @@ class Config:
         gc_interval_s: time after which garbage is collected in any case.
         journal_events: how many events the journal keeps.
         journal_s: for how long it keeps them.
-        registry_hosts: directory with a ``hosts.toml`` per registry.
         max_archive_bytes: the largest archive that is imported.
-        max_layer_bytes: the largest layer, uncompressed.
+        max_downloads: blobs that are fetched at once, in all; also those that are sent.
+        unpack_workers: processes that unpack layers.
     """
 
     root: Path
@@ -58,9 +57,9 @@ class Config:
     gc_interval_s: float = 300.0
     journal_events: int = 100_000
     journal_s: float = 7 * 24 * 3600.0
-    registry_hosts: Path = _REGISTRY_HOSTS
     max_archive_bytes: int = 64 << 30
-    max_layer_bytes: int = 64 << 30
+    max_downloads: int = 6
+    unpack_workers: int = 2
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -78,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--{name.replace('_', '-')} is a number of seconds and cannot be negative",
                 field=name,
             )
-    for name in ("journal_events", "max_archive_bytes", "max_layer_bytes"):
+    for name in ("journal_events", "max_archive_bytes", "max_downloads", "unpack_workers"):
         if getattr(given, name) < 1:
             raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", field=name)
     return Config(
@@ -97,9 +96,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         gc_interval_s=given.gc_interval,
         journal_events=given.journal_events,
         journal_s=given.journal_days * 24 * 3600,
-        registry_hosts=given.registry_hosts.absolute(),
         max_archive_bytes=given.max_archive_bytes,
-        max_layer_bytes=given.max_layer_bytes,
+        max_downloads=given.max_downloads,
+        unpack_workers=given.unpack_workers,
     )
 
 
@@ -133,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gc-interval", type=float, default=300.0, metavar="S", help="between collections")
     add("--journal-events", type=int, default=100_000, metavar="N", help="events kept")
     add("--journal-days", type=float, default=7.0, metavar="DAYS", help="days they are kept")
-    add("--registry-hosts", type=Path, default=_REGISTRY_HOSTS, metavar="DIR")
     add("--max-archive-bytes", type=int, default=64 << 30, metavar="N")
-    add("--max-layer-bytes", type=int, default=64 << 30, metavar="N")
+    add("--max-downloads", type=int, default=6, metavar="N", help="blobs fetched at once")
+    add("--unpack-workers", type=int, default=2, metavar="N", help="processes that unpack")
     return parser

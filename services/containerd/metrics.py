@@ -68,3 +68,22 @@ class ContainerdMetrics:
         self.content_bytes.set(found.content_bytes)
         for kind, count in found.objects.items():
             self.objects.labels(kind).set(count)
+
+
+def join_pages(first: bytes, second: bytes) -> bytes:
+    """One page out of two in the text format; a family that both have is described once.
+
+    All samples of a family stand together, as the format asks for.
+    """
+    families: dict[str, list[str]] = {}
+    described: set[str] = set()
+    for page in (first, second):
+        family, before = "", frozenset(described)
+        for line in page.decode().splitlines():
+            if line.startswith("# "):
+                family = line.split(" ", 3)[2]
+                if family in before:
+                    continue
+                described.add(family)
+            families.setdefault(family, []).append(line)
+    return "".join(f"{line}\n" for lines in families.values() for line in lines).encode()

@@ -67,9 +67,10 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     from services.shim.config import ShimConfig
     from services.shim.factory import run_shim
+    from services.shim.metrics import ShimMetrics
 
     config = ShimConfig.from_request(vars(arguments))
-    asyncio.run(run_shim(config, _write_answer))
+    asyncio.run(run_shim(config, ShimMetrics(), _write_answer))
 
 
 def _probe(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ import structlog
 from services.common import linux
 from services.common import log as logs
 from services.common.errors import TheseusError
+from services.common.server import socket_group
 from services.shim import shim_cgroup
 from services.shim.app import Shim
 from services.shim.config import ShimConfig
@@ -71,6 +72,8 @@ class Factory:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._waiting: dict[int, _Waiting] = {}
         self._home = shim_cgroup.Home()
+        # Made once, for the children to share as long as they do not count anything.
+        self._metrics = ShimMetrics()
 
     def run(self) -> None:
         """Serve until standard input is closed."""
@@ -137,7 +140,9 @@ class Factory:
     def _fork(self, config: ShimConfig, connection: socket.socket) -> None:
         if os.fork() == 0:
             self._leave_to_child(connection)
-            run_child(config, lambda answer: _answer_and_close(connection, answer))
+            run_child(
+                config, self._metrics, lambda answer: _answer_and_close(connection, answer)
+            )
 
     def _leave_to_child(self, connection: socket.socket) -> None:
         """In the child: keep nothing of the factory but this connection."""
@@ -181,12 +186,14 @@ def reply(connection: socket.socket, answer: dict[str, object]) -> None:
         connection.send(json.dumps(answer).encode())
 
 
-def run_child(config: ShimConfig, answer: Callable[[dict[str, object]], None]) -> NoReturn:
+def run_child(
+    config: ShimConfig, metrics: ShimMetrics, answer: Callable[[dict[str, object]], None]
+) -> NoReturn:
     """Become the shim of ``config``; never returns to the factory's code."""
     status = 1
     try:
         _detach(config)
-        asyncio.run(run_shim(config, answer))
+        asyncio.run(run_shim(config, metrics, answer))
         status = 0
     except TheseusError as error:
         answer({"error": error.message})
@@ -200,13 +207,15 @@ def run_child(config: ShimConfig, answer: Callable[[dict[str, object]], None]) -
         os._exit(status)
 
 
-async def run_shim(config: ShimConfig, serving: Callable[[dict[str, object]], None]) -> None:
+async def run_shim(
+    config: ShimConfig, metrics: ShimMetrics, serving: Callable[[dict[str, object]], None]
+) -> None:
     """Run a shim in this process."""
     logs.configure("shim", config.log_level)
     structlog.contextvars.bind_contextvars(namespace=config.namespace, shim_id=config.id)
     if config.request_id:
         log.info("shim starts", request_id=config.request_id)
-    await Shim(config, ShimMetrics()).run(serving)
+    await Shim(config, metrics).run(serving)
 
 
 def _detach(config: ShimConfig) -> None:
@@ -236,6 +245,7 @@ def _warm_up() -> None:
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     program_version()
+    socket_group()
     gc.collect()
     gc.freeze()
 

@@ -408,6 +408,7 @@ async def test_create_then_start(cli, daemon):
     created = await cli("create", "--name", "c", "busybox", "echo", "x")
     assert created == Result(0, next(iter(daemon.containers)).encode() + b"\n", b"")
     assert await cli("start", "-a", "c") == Result(0, b"x\n", b"")
+    assert await cli("start", "-a", "c") == Result(0, b"x\n", b"")
     assert await cli("start", "c") == Result(0, b"c\n", b"")
 
 

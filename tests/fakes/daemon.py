@@ -256,7 +256,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
         record.message.pid = 4242
         record.message.started_at.GetCurrentTime()
         if record.process.code is not None:  # it ran before
-            record.process.code = None
+            record.process = Process(record.process.command, record.process.tty)
         record.process.start()
         record.process.task.add_done_callback(lambda _: self._exited(record))
         if self.vanish_after_start:

@@ -233,16 +233,23 @@ class FakeShim(
         self._write(
             "state.json",
             {
-                "runtime": None,
-                "processes": [
+                "epoch": 1,
+                "containers": [
                     {
-                        "exec_id": process.exec_id,
-                        "pid": process.pid,
-                        "start_time": linux.process_start_time(process.pid) or 0,
-                        "exit_status": process.exit_status,
-                        "exited_at_ns": process.exited_at_ns,
+                        "id": self.id,
+                        "runtime": "true",
+                        "runtime_root": str(self.bundle),
+                        "processes": [
+                            {
+                                "exec_id": process.exec_id,
+                                "pid": process.pid,
+                                "start_time": linux.process_start_time(process.pid) or 0,
+                                "exit_status": process.exit_status,
+                                "exited_at_ns": process.exited_at_ns,
+                            }
+                            for process in self.processes.values()
+                        ],
                     }
-                    for process in self.processes.values()
                 ],
             },
         )
@@ -305,6 +312,8 @@ class FakeShim(
                         await self._register(registry_pb2_grpc.RegistryStub(channel))
                     except grpc.aio.AioRpcError as error:
                         self.endings.append(error.code())
+                    except FileNotFoundError:  # the bundle is gone from under it
+                        return
             self._news.set()
             await asyncio.sleep(0.01)
 
@@ -519,6 +528,8 @@ class FakeShim(
 
     async def Shutdown(self, request: Any, context: Any) -> Empty:
         await self._enter("Shutdown", context)
+        if not request.now:
+            await self.acknowledged(self.last_seq)
         if self.alive:
             assert self._stand_in is not None
             self._stand_in.kill()

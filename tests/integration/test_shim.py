@@ -271,8 +271,8 @@ async def test_exec_has_streams_and_status_of_its_own(node):
     await shim.kill()
     await shim.wait()
     await shim.delete()
-    topics = node.registry.topics()
     await node.registry.wait_for_topic("/tasks/delete")
+    topics = node.registry.topics()
     assert topics.index("/tasks/exec-added") < topics.index("/tasks/exec-started")
     assert [event.message.id for event in node.registry.of("/tasks/exit")] == ["e1", shim.id]
 
@@ -410,7 +410,7 @@ async def test_memory_figures_limits_and_the_oom_event(node):
     assert metrics_pb2.Metrics.FromString(answer.stats.value).memory.usage.limit == 32 << 20
     await shim.exec("hog", ["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"])
     assert (await shim.wait("hog")).exit_status == 137
-    await node.registry.wait_for_topic("/tasks/oom")
+    await node.registry.wait_for_topic("/tasks/exit")
     topics = node.registry.topics()
     assert topics.index("/tasks/oom") < topics.index("/tasks/exit")
     await shim.kill()

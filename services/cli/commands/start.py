@@ -67,10 +67,8 @@ async def _couple(
 ) -> int:
     interactive = interactive and container.config.open_stdin
     attach = pb.AttachStart(
-        container=container.id, output=True, input=interactive, from_end=container.HasField("exit")
+        container=container.id, output=True, input=interactive, from_end=not start
     )
-    if not start:
-        attach.from_end = True
     session = Session(engine, engine.containers.Attach, attach, interactive=interactive)
 
     async def forward(name: str) -> object:
@@ -81,6 +79,10 @@ async def _couple(
         session, tty=container.config.tty, interactive=interactive, forward=forward
     )
     try:
+        if start and container.state != pb.CONTAINER_STATE_CREATED:
+            # There is no new run to attach to yet; its output is kept from its beginning on.
+            await _start_again(engine, container)
+            start = False
         await session.attach()
         async with foreground.taken():
             if start:
@@ -90,6 +92,10 @@ async def _couple(
             return await foreground.until_exit(ended)
     finally:
         await session.close()
+
+
+async def _start_again(engine: Engine, container: pb.Container) -> None:
+    await engine.call(engine.containers.Start, pb.StartContainerRequest(container=container.id))
 
 
 COMMANDS = {

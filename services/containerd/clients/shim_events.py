@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from services.containerd.tasks.journal import ShimNotice
 
+_STREAMS = tuple(task_pb2.TaskIO.DESCRIPTOR.fields_by_name)
 _LOST = registry_pb2.ProcessState.DESCRIPTOR.full_name
 _MESSAGES: Mapping[str, type[Message]] = {
     "/tasks/create": task_pb2.TaskCreate,
@@ -137,7 +138,10 @@ def _fill(message: Message, fields: Mapping[str, Any]) -> None:
         field = message.DESCRIPTOR.fields_by_name.get(name)
         time = message.DESCRIPTOR.fields_by_name.get(name.removesuffix("_ns"))
         if field is None and time is not None and time.message_type is not None:
-            getattr(message, time.name).FromNanoseconds(int(value))
+            if value:
+                getattr(message, time.name).FromNanoseconds(int(value))
+        elif field is None and name in _STREAMS and "io" in message.DESCRIPTOR.fields_by_name:
+            _fill(message.io, {name: value})  # type: ignore[attr-defined]  # the line above looked
         elif field is None or value is None:
             continue
         elif field.message_type is None and not field.is_repeated:

@@ -20,7 +20,6 @@ could rely on the file that a delete in another is about to remove.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import shutil
@@ -39,9 +38,11 @@ from services.common.errors import (
     Unavailable,
 )
 from services.containerd.content.digest import split_digest
+from services.containerd.content.files import install, unlink
 from services.containerd.content.ingest import IngestFile
 from services.containerd.content.labels import changed_labels, checked_labels
 from services.containerd.content.reconcile import Leftovers, find_leftovers
+from services.containerd.content.records import fields_of, info_of, ingest_fields_of
 from services.containerd.content.store import (
     CHUNK_BYTES,
     MANIFEST_MAX_BYTES,
@@ -49,7 +50,7 @@ from services.containerd.content.store import (
     IngestStatus,
 )
 from services.containerd.content.writer import LocalWriter, Publication
-from services.containerd.filters import map_field, parse
+from services.containerd.filters import parse
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.leases.lease import CONTENT, INGESTS, add_resource, current_lease
 from services.containerd.metadata import content as rows
@@ -107,13 +108,13 @@ class LocalContentStore:
         row = await self._db.read(lambda tx: rows.get(tx, namespace, digest))
         if row is None:
             raise _no_blob(namespace, digest)
-        return _info(row)
+        return info_of(row)
 
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[ContentInfo]:
         """See :class:`ContentStore`."""
         wanted = parse(filters)
         found = await self._db.read(lambda tx: rows.list_all(tx, namespace))
-        return [info for info in map(_info, found) if wanted.matches(_fields(info))]
+        return [info for info in map(info_of, found) if wanted.matches(fields_of(info))]
 
     async def update(
         self, namespace: str, digest: str, labels: Mapping[str, str], fields: Sequence[str] = ()
@@ -125,11 +126,11 @@ class LocalContentStore:
             row = rows.get(tx, namespace, digest)
             if row is None:
                 raise _no_blob(namespace, digest)
-            new = changed_labels(_labels(row), labels, fields)
+            new = changed_labels(info_of(row).labels, labels, fields)
             rows.set_labels(tx, namespace, digest, new, now_ns=time.time_ns())
             changed = rows.get(tx, namespace, digest)
             assert changed is not None, "a row that was just written is there"
-            return _info(changed)
+            return info_of(changed)
 
         return await self._db.write(change)
 
@@ -248,7 +249,7 @@ class LocalContentStore:
         """See :class:`ContentStore`."""
         wanted = parse(filters)
         found = await self._db.read(lambda tx: rows.list_ingests(tx, namespace))
-        chosen = [row for row in found if wanted.matches(_ingest_fields(row))]
+        chosen = [row for row in found if wanted.matches(ingest_fields_of(row))]
         return await asyncio.to_thread(lambda: [self._status(row) for row in chosen])
 
     async def abort(self, namespace: str, ref: str) -> None:
@@ -301,7 +302,6 @@ class LocalContentStore:
     async def _open(
         self, namespace: str, ref: str, *, total_bytes: int, expected: str
     ) -> LocalWriter:
-        lease = current_lease.get()
         row, have, shared_bytes = await self._db.read(
             lambda tx: (
                 rows.get_ingest(tx, namespace, ref),
@@ -312,32 +312,33 @@ class LocalContentStore:
         if total_bytes > 0 and shared_bytes != total_bytes:
             shared_bytes = None
         ingest_id = secrets.token_hex(16) if row is None else str(row["id"])
-        algorithm_of = expected or (row["expected"] if row is not None else "")
         file = None
         if have is None and shared_bytes is None:
+            algorithm_of = expected or (row["expected"] if row is not None else "")
             file = await self.open_file(ingest_id, algorithm_of)
             self._trace("ingest opened")
-
-        def record(tx: sqlite3.Connection) -> dict[str, Any] | None:
-            if expected and rows.get(tx, namespace, expected) is not None:
-                add_resource(tx, namespace, lease, CONTENT, expected)
-                return None
-            add_resource(tx, namespace, lease, INGESTS, ref)
-            return rows.put_ingest(
-                tx,
-                namespace,
-                ref,
-                ingest_id=ingest_id,
-                total_bytes=total_bytes,
-                expected=expected,
-                now_ns=time.time_ns(),
+        lease = current_lease.get()
+        try:
+            recorded = await self._db.write(
+                lambda tx: _record_ingest(
+                    tx,
+                    namespace,
+                    ref,
+                    lease=lease,
+                    ingest_id=ingest_id,
+                    total_bytes=total_bytes,
+                    expected=expected,
+                )
             )
-
-        recorded = await self._db.write(record)
+        except BaseException:
+            if file is not None:
+                file.close()
+            if row is None:
+                await asyncio.to_thread(shutil.rmtree, self._ingests / ingest_id, True)
+            raise
         if recorded is not None:
-            return LocalWriter(
-                self, recorded, file=file, shared_bytes=shared_bytes or 0, lease=lease
-            )
+            shared_bytes = shared_bytes or 0
+            return LocalWriter(self, recorded, file=file, shared_bytes=shared_bytes, lease=lease)
         if file is not None:
             file.close()
         if file is not None or row is not None:
@@ -353,7 +354,7 @@ class LocalContentStore:
                     raise Unavailable(
                         f"blob {digest} went away while it was taken over: write it again"
                     )
-                await asyncio.to_thread(_install, publication.data, self._blob_path(digest))
+                await asyncio.to_thread(install, publication.data, self._blob_path(digest))
                 self._trace("renamed")
             info = await self._db.write(lambda tx: self._record(tx, publication))
         self._trace("recorded")
@@ -390,7 +391,7 @@ class LocalContentStore:
         )
         row = rows.get(tx, namespace, digest)
         assert row is not None, "a row that was just written is there"
-        return _info(row)
+        return info_of(row)
 
     async def _abort(self, namespace: str, ref: str) -> None:
         row = await self._db.read(lambda tx: rows.get_ingest(tx, namespace, ref))
@@ -435,65 +436,37 @@ class LocalContentStore:
         if not await self._db.write(lambda tx: rows.release_blob(tx, digest)):
             return 0
         self._trace("released")
-        return await asyncio.to_thread(_unlink, self._blob_path(digest))
+        return await asyncio.to_thread(unlink, self._blob_path(digest))
 
     def _blob_path(self, digest: str) -> Path:
         algorithm, encoded = split_digest(digest)
         return self._blobs / algorithm / encoded
 
 
-def _labels(row: sqlite3.Row) -> dict[str, str]:
-    labels: dict[str, str] = json.loads(row["labels"])
-    return labels
-
-
-def _info(row: sqlite3.Row) -> ContentInfo:
-    return ContentInfo(
-        digest=row["digest"],
-        size_bytes=row["size_bytes"],
-        labels=_labels(row),
-        created_at_ns=row["created_at_ns"],
-        updated_at_ns=row["updated_at_ns"],
+def _record_ingest(
+    tx: sqlite3.Connection,
+    namespace: str,
+    ref: str,
+    *,
+    lease: str,
+    ingest_id: str,
+    total_bytes: int,
+    expected: str,
+) -> dict[str, Any] | None:
+    """The row of an ingest; None if the namespace has what is expected, which is leased then."""
+    if expected and rows.get(tx, namespace, expected) is not None:
+        add_resource(tx, namespace, lease, CONTENT, expected)
+        return None
+    add_resource(tx, namespace, lease, INGESTS, ref)
+    return rows.put_ingest(
+        tx,
+        namespace,
+        ref,
+        ingest_id=ingest_id,
+        total_bytes=total_bytes,
+        expected=expected,
+        now_ns=time.time_ns(),
     )
-
-
-def _fields(info: ContentInfo) -> Callable[[Sequence[str]], str | None]:
-    def value(path: Sequence[str]) -> str | None:
-        if path[0] == "digest":
-            return info.digest
-        return map_field(info.labels, path[1:]) if path[0] == "labels" else None
-
-    return value
-
-
-def _ingest_fields(row: sqlite3.Row) -> Callable[[Sequence[str]], str | None]:
-    return lambda path: str(row["ref"]) if path[0] == "ref" else None
-
-
-def _install(data: Path, target: Path) -> None:
-    """Rename a sealed file to where its blob belongs, for good. Blocks."""
-    if not target.parent.is_dir():
-        target.parent.mkdir(mode=0o711, exist_ok=True)
-        _sync_directory(target.parent.parent)
-    data.rename(target)
-    _sync_directory(target.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _unlink(path: Path) -> int:
-    try:
-        size = path.stat().st_size
-        path.unlink()
-    except FileNotFoundError:
-        return 0
-    return size
 
 
 def _no_blob(namespace: str, digest: str) -> NotFound:

@@ -62,38 +62,23 @@ class TarStream:
         """
         await self._skip(self._left + self._padding)
         self._left = self._padding = 0
-        name = link = ""
-        size: int | None = None
-        while True:
-            header = await self._header()
-            if header is None:
-                return None
-            match header.type:
-                case tarfile.GNUTYPE_LONGNAME:
-                    name = _text(await self._extension(header.size))
-                case tarfile.GNUTYPE_LONGLINK:
-                    link = _text(await self._extension(header.size))
-                case tarfile.XHDTYPE:
-                    fields = _pax(await self._extension(header.size))
-                    name, link = fields.get("path", name), fields.get("linkpath", link)
-                    size = _number(fields["size"]) if "size" in fields else size
-                case tarfile.XGLTYPE:
-                    await self._extension(header.size)
-                case _:
-                    break
+        found = await self._member()
+        if found is None:
+            return None
+        header, name, link, size_bytes = found
         self._entries += 1
         if self._entries > self._max_entries:
             raise ResourceExhausted(f"the archive has more than {self._max_entries} entries")
         is_file = header.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-        self._left = (header.size if size is None else size) if is_file else 0
+        self._left = size_bytes if is_file else 0
         self._padding = -self._left % _BLOCK_BYTES
         is_link = header.type in (tarfile.SYMTYPE, tarfile.LNKTYPE)
         return TarEntry(
-            name=name or header.name,
+            name=name,
             size_bytes=self._left,
             is_file=is_file,
             is_symlink=header.type == tarfile.SYMTYPE,
-            link=(link or header.linkname) if is_link else "",
+            link=link if is_link else "",
         )
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -116,6 +101,27 @@ class TarStream:
         data = await self._take(self._left)
         self._left = 0
         return data
+
+    async def _member(self) -> tuple[tarfile.TarInfo, str, str, int] | None:
+        """The next member's header, name, link and size, by what stands before it too."""
+        name = link = ""
+        size: int | None = None
+        while (header := await self._header()) is not None:
+            match header.type:
+                case tarfile.GNUTYPE_LONGNAME:
+                    name = _text(await self._extension(header.size))
+                case tarfile.GNUTYPE_LONGLINK:
+                    link = _text(await self._extension(header.size))
+                case tarfile.XHDTYPE:
+                    fields = _pax(await self._extension(header.size))
+                    name, link = fields.get("path", name), fields.get("linkpath", link)
+                    size = _number(fields["size"]) if "size" in fields else size
+                case tarfile.XGLTYPE:
+                    await self._extension(header.size)
+                case _:
+                    size = header.size if size is None else size
+                    return header, name or header.name, link or header.linkname, size
+        return None
 
     async def _header(self) -> tarfile.TarInfo | None:
         block = await self._take(_BLOCK_BYTES, may_end=True)

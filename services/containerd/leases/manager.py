@@ -59,11 +59,12 @@ class LeaseManager:
         lease = await self.create(
             namespace, labels={EXPIRE_LABEL: expires_at.isoformat(timespec="seconds")}
         )
-        token = current_lease.set(lease.id)
+        current_lease.set(lease.id)
         try:
             yield lease
         finally:
-            current_lease.reset(token)
+            # There was none before. A token would not do: a generator may end in another context.
+            current_lease.set("")
             try:
                 await uninterrupted(self.delete(namespace, lease.id))
             except NotFound:

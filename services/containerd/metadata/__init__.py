@@ -1,1 +1,1 @@
-"""What containerd records in SQLite: the schema, and the rows of each noun. No other room has SQL."""
+"""What containerd records in SQLite: the schema, and the rows of each noun. SQL is nowhere else."""

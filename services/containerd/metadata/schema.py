@@ -2,7 +2,7 @@
 
 Everything but ``meta``, ``blobs`` and ``journal`` is per namespace. Labels and other string maps
 are JSON objects. Times are nanoseconds since the epoch. Files and rows are kept in step by one
-rule: a file exists before its row, and outlives it; a file without a row is rubbish for the collector.
+rule: a file exists before its row and outlives it; a file without a row is rubbish.
 
     namespaces ─┬─ content ──▶ blobs          (<root>/content/blobs/<algorithm>/<hex>)
                 ├─ ingests                     (<root>/content/ingest/<id>/)

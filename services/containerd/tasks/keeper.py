@@ -136,8 +136,11 @@ class Keeper:
             info = await known.shim.connect()
         except (Unavailable, DeadlineExceeded):
             return known.standing not in _ASKED
-        except TheseusError as error:  # it answers, if only to say that it has no task
-            log.info("shim has no task", container=known.id, answer=error.message)
+        except TheseusError as error:
+            log.warning("shim answers with an error", container=known.id, error=error.message)
+            return False
+        if known.inherited and not info.task_pid:
+            log.warning("shim without a task is removed", namespace=known.namespace, id=known.id)
             await self._remove(known)
             return True
         if known.standing in _ASKED:

@@ -17,6 +17,8 @@ from services.common import linux
 if TYPE_CHECKING:
     from types import TracebackType
 
+_PID_MAX = 1 << 22  # proc(5), pid_max
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
@@ -39,10 +41,12 @@ class ProcessHandle:
 
     @classmethod
     def open(cls, process: ProcessId) -> Self | None:
-        """A handle of ``process``; None when it has ended."""
+        """A handle of ``process``; None when it has ended, or that is no pid."""
+        if not 0 < process.pid <= _PID_MAX:
+            return None
         try:
             fd = os.pidfd_open(process.pid)
-        except (ProcessLookupError, ValueError, OverflowError):
+        except ProcessLookupError:
             return None
         if process.alive():
             return cls(process, fd)

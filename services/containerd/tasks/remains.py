@@ -1,17 +1,20 @@
 """What a dead shim leaves in its bundle: events that it could not deliver, and its own notes.
 
-``spool/<seq>`` holds one event each, state.json the processes that the shim knew and the runtime
-that it used. Both are read only once the shim's process is gone, so nobody else writes there.
+``spool/<seq>`` holds one event each, state.json the containers that the shim had, with their
+processes and the runtime. Both are read only once the shim's process is gone, so nobody else writes
+there. A pid without a start time is believed where that process is in the container's cgroup.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.common import linux
 from services.common.errors import NotFound
 from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import ProcessExit
@@ -36,7 +39,6 @@ class RemainingProcess:
     pid: int
     start_time: int
     exit: ProcessExit | None = None
-    lost: str = ""
 
     def identity(self) -> ProcessId | None:
         """The process, where it can be told from others."""
@@ -74,13 +76,16 @@ def read_remains(bundle: Bundle) -> Remains | None:
     except NotFound:
         return None
     try:
-        processes = [_process(entry) for entry in data.get("processes") or ()]
-        runtime = data.get("runtime") or {}
-        argv = (str(runtime["binary"]), "--root", str(runtime["root"])) if runtime else ()
+        for container in data.get("containers") or ():
+            if container["id"] == bundle.id:
+                cgroups = _cgroups_of(bundle)
+                processes = [_process(entry, cgroups) for entry in container["processes"]]
+                runtime = (str(container["runtime"]), "--root", str(container["runtime_root"]))
+                return Remains({process.exec_id: process for process in processes}, runtime)
     except (KeyError, TypeError, ValueError, AttributeError):
         log.error("state of a shim is unreadable", path=str(bundle.path / "state.json"))
         return None
-    return Remains({process.exec_id: process for process in processes}, argv)
+    return Remains({})
 
 
 async def delete_container(remains: Remains, container_id: str) -> None:
@@ -111,15 +116,30 @@ async def delete_container(remains: Remains, container_id: str) -> None:
         log.warning("runtime could not clean up", container=container_id, output=text)
 
 
-def _process(entry: dict[str, Any]) -> RemainingProcess:
-    pid = int(entry.get("pid") or 0)
+def _process(entry: dict[str, Any], cgroups: tuple[str, ...]) -> RemainingProcess:
+    pid = int(entry["pid"])
     end = None
-    if entry.get("exit_status") is not None:
-        end = ProcessExit(int(entry["exit_status"]), int(entry.get("exited_at_ns") or 0), pid)
-    return RemainingProcess(
-        exec_id=str(entry.get("exec_id") or ""),
-        pid=pid,
-        start_time=int(entry.get("start_time") or 0),
-        exit=end,
-        lost=str(entry.get("lost") or ""),
-    )
+    if entry["exit_status"] is not None:
+        end = ProcessExit(int(entry["exit_status"]), int(entry["exited_at_ns"]), pid)
+    start_time = int(entry.get("start_time") or 0) or _start_time_inside(pid, cgroups)
+    return RemainingProcess(str(entry["exec_id"]), pid, start_time, end)
+
+
+def _cgroups_of(bundle: Bundle) -> tuple[str, ...]:
+    """How the path of the container's cgroup ends: as the spec says, or the runtime's default."""
+    try:
+        path = (bundle.read_json("config.json").get("linux") or {}).get("cgroupsPath") or ""
+    except NotFound:
+        path = ""
+    return (f"/{bundle.id}", str(path)) if path.startswith("/") else (f"/{bundle.id}",)
+
+
+def _start_time_inside(pid: int, cgroups: tuple[str, ...]) -> int:
+    """Start time of a process that is in the container's cgroup; 0 if it is not, or has ended."""
+    start_time = linux.process_start_time(pid) if pid > 0 else None
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    inside = any(line.split(":", 2)[2].endswith(cgroups) for line in lines)
+    return start_time or 0 if inside else 0

@@ -102,7 +102,7 @@ class Undertaker:
             clean: the shim has deleted the container already.
         """
         await asyncio.to_thread(_mark, known, note)
-        await self._send_away(known)
+        await self._send_away(known, now=not clean)
         await self.drain(known)
         if not clean:
             remains = await asyncio.to_thread(read_remains, known.bundle)
@@ -120,15 +120,21 @@ class Undertaker:
             await self._journal.record(known.namespace, known.instance_id, events)
             note_events(known, events, self._journal)
 
-    async def _send_away(self, known: KnownShim) -> None:
-        """See the shim's process end: asked first, then killed."""
+    async def _send_away(self, known: KnownShim, *, now: bool) -> None:
+        """See the shim's process end: asked first, then killed.
+
+        Unless it has to be ``now``, it goes when all of its events are acknowledged; some may be
+        in its memory only, where its disk was full.
+        """
         process = known.process or await asyncio.to_thread(known.bundle.process)
         handle = None if process is None else ProcessHandle.open(process)
         if handle is not None:
             with handle:
                 async with Background() as background:
                     if known.shim is not None:
-                        background.start(_ask_to_go(known.shim), name=f"shutdown {known.id}")
+                        background.start(
+                            _ask_to_go(known.shim, now=now), name=f"shutdown {known.id}"
+                        )
                         try:
                             async with asyncio.timeout(_GO_S):
                                 await handle.ended()
@@ -163,7 +169,7 @@ async def _end(process: RemainingProcess, reason: str, *, kill: bool) -> LastWor
     identity = process.identity()
     handle = ProcessHandle.open(identity) if identity is not None and kill else None
     if handle is None:
-        return LastWords(process.pid, lost=process.lost or f"it ended unseen after {reason}")
+        return LastWords(process.pid, lost=f"it ended unseen after {reason}")
     with handle:
         if not await handle.kill(timeout_s=_KILL_S):
             return LastWords(process.pid, lost=f"it does not end after SIGKILL, and {reason}")
@@ -181,9 +187,9 @@ async def _status_once_reaped(handle: ProcessHandle) -> int | None:
     return status
 
 
-async def _ask_to_go(shim: Shim) -> None:
+async def _ask_to_go(shim: Shim, *, now: bool) -> None:
     try:
-        await shim.shutdown(now=True)
+        await shim.shutdown(now=now)
     except TheseusError as error:  # it may be gone before it answers
         log.debug("shutdown of a shim not answered", reason=error.message)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,10 +22,12 @@ from services.daemon.containers.runtime import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from services.daemon.clients.connection import Connection
     from services.daemon.containers.runtime import AttachInput, AttachOutput, AttachTarget
+
+    Call = grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
 
 _KINDS = {pb.STREAM_KIND_STDERR: StreamKind.STDERR}
 
@@ -36,12 +40,13 @@ class ContainerdStreams:
         self._stub = streams_pb2_grpc.StreamsStub(connection.channel)
 
     async def attach(
-        self, target: AttachTarget, inputs: AsyncIterator[AttachInput]
-    ) -> AsyncIterator[AttachOutput]:
+        self, target: AttachTarget, inputs: AsyncGenerator[AttachInput, None]
+    ) -> AsyncGenerator[AttachOutput, None]:
         """See the interface."""
         with self._connection.calls():
             # Without a deadline: a session lasts as long as its process.
-            call = self._stub.Attach(_requests(target, inputs))
+            call = self._stub.Attach()
+            sending = asyncio.create_task(_send(call, target, inputs), name="attach-requests")
             try:
                 while (answer := await call.read()) is not grpc.aio.EOF:
                     if isinstance(answer, pb.AttachResponse):
@@ -49,32 +54,45 @@ class ContainerdStreams:
                         yield output
                         if isinstance(output, Finished):
                             return
+                    if sending.done():
+                        sending.result()
             finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
                 call.cancel()
         raise Unavailable("the attached stream ended early: containerd or the shim is restarting")
 
 
-async def _requests(
-    target: AttachTarget, inputs: AsyncIterator[AttachInput]
-) -> AsyncIterator[pb.AttachRequest]:
-    yield pb.AttachRequest(
-        start=pb.AttachStart(
-            container_id=target.container_id,
-            exec_id=target.exec_id,
-            offset=target.offset,
-            from_end=target.from_end,
-            output=target.output,
-            input=target.input,
+async def _send(
+    call: Call, target: AttachTarget, inputs: AsyncGenerator[AttachInput, None]
+) -> None:
+    # What is wrong with the call is told by the side that reads.
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.write(
+            pb.AttachRequest(
+                start=pb.AttachStart(
+                    container_id=target.container_id,
+                    exec_id=target.exec_id,
+                    offset=target.offset,
+                    from_end=target.from_end,
+                    output=target.output,
+                    input=target.input,
+                )
+            )
         )
-    )
-    async for piece in inputs:
-        match piece:
-            case Input(offset, data):
-                yield pb.AttachRequest(input=pb.Input(offset=offset, data=data))
-            case CloseInput():
-                yield pb.AttachRequest(close_input=pb.CloseInput())
-            case resize:
-                yield pb.AttachRequest(resize=pb.Resize(width=resize.width, height=resize.height))
+        async with aclosing(inputs) as pieces:
+            async for piece in pieces:
+                await call.write(_request(piece))
+
+
+def _request(piece: AttachInput) -> pb.AttachRequest:
+    match piece:
+        case Input():
+            return pb.AttachRequest(input=pb.Input(offset=piece.offset, data=piece.data))
+        case CloseInput():
+            return pb.AttachRequest(close_input=pb.CloseInput())
+        case _:
+            return pb.AttachRequest(resize=pb.Resize(width=piece.width, height=piece.height))
 
 
 def _output(answer: pb.AttachResponse) -> AttachOutput:

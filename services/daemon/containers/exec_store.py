@@ -138,8 +138,8 @@ class ExecStore:
         self._records[record.id] = record
         self._notify(record.id)
 
-    async def until_ended(self, exec_id: str) -> ExecRecord:
-        """Wait for the end of a session.
+    async def until(self, exec_id: str, condition: Callable[[ExecRecord], bool]) -> ExecRecord:
+        """Wait until a session meets ``condition``.
 
         Raises:
             NotFound: there is none any more.
@@ -147,7 +147,7 @@ class ExecStore:
         with self._watching(ExecId(exec_id)) as changed:
             while True:
                 record = self.require(exec_id)
-                if record.state is ExecState.EXITED:
+                if condition(record):
                     return record
                 await changed.wait()
                 changed.clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -159,21 +160,15 @@ class Follower:
                 async for event in events:
                     await waiting.put(event)
             finally:
-                await waiting.put(None)
+                with suppress(asyncio.QueueFull):  # whoever empties it looks at the task, too
+                    waiting.put_nowait(None)
 
         reader = asyncio.create_task(read(), name="journal-reader")
         try:
-            while (event := await waiting.get()) is not None:
-                batch, more = [event], True
-                while more and len(batch) < _BATCH_MAX and not waiting.empty():
-                    following = waiting.get_nowait()
-                    if following is None:
-                        more = False
-                    else:
-                        batch.append(following)
-                await self._apply(batch)
-                if not more:
-                    break
+            while not (reader.done() and waiting.empty()):
+                batch = [event for event in await _take(waiting) if event is not None]
+                if batch:
+                    await self._apply(batch)
             await reader
         finally:
             reader.cancel()
@@ -253,6 +248,14 @@ class Follower:
         if self.connected != connected:
             self.connected = connected
             self._below.observer.connected(connected)
+
+
+async def _take(waiting: asyncio.Queue[RuntimeEvent | None]) -> list[RuntimeEvent | None]:
+    """Wait for one, then take all that are there."""
+    taken = [await waiting.get()]
+    while not waiting.empty():
+        taken.append(waiting.get_nowait())
+    return taken
 
 
 def _after_event(record: ContainerRecord, event: RuntimeEvent) -> ContainerRecord | None:

@@ -1,8 +1,8 @@
 """One operation at a time on one container.
 
 Create, start, clean-up and removal of a container exclude one another for as long as they take,
-calls to containerd included: what they do together makes sense only whole. Each of those calls has a
-deadline. Nothing that containerd's events lead to takes these locks, and neither do stop, kill,
+calls to containerd included: what they do together makes sense only whole. Each of those calls has
+a deadline. Nothing that containerd's events lead to takes these locks, and neither do stop, kill,
 exec, attach and wait, so an operation that hangs holds up nothing but others of its kind.
 """
 

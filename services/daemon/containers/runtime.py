@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +293,8 @@ class Streams(Protocol):
     """Standard streams of running processes."""
 
     def attach(
-        self, target: AttachTarget, inputs: AsyncIterator[AttachInput]
-    ) -> AsyncIterator[AttachOutput]:
+        self, target: AttachTarget, inputs: AsyncGenerator[AttachInput, None]
+    ) -> AsyncGenerator[AttachOutput, None]:
         """Couple with a process; ends after ``Finished``.
 
         Raises:

@@ -18,12 +18,14 @@ from services.common.errors import AlreadyExists, NotFound
 from services.daemon.containers import codec, names
 from services.daemon.containers.record import ContainerId, ContainerRecord, Tombstone
 from services.daemon.containers.uninterrupted import Uninterrupted
+from services.daemon.images.image import ImageUser
 from services.daemon.metadata import containers as rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from services.common.database import Database, Transaction
+    from services.daemon.images.image import ImageId
 
 T = TypeVar("T")
 
@@ -100,6 +102,11 @@ class ContainerStore:
     def list_all(self) -> list[ContainerRecord]:
         """All containers, newest first."""
         return sorted(self._records.values(), key=lambda record: -record.created_at_ns)
+
+    def users_of(self, image_id: ImageId) -> list[ImageUser]:
+        """The containers that were made from an image."""
+        made = (record for record in self._records.values() if record.image.id == image_id)
+        return [ImageUser(record.id, record.live) for record in made]
 
     async def add(
         self, record: ContainerRecord, *, also: Callable[[Transaction], None] | None = None

@@ -56,6 +56,14 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageUser:
+    """A container that was made from an image; ``running`` while it has processes."""
+
+    container_id: str
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerProgress:
     """How far one layer, or one step, of a pull has come.
 

@@ -22,12 +22,12 @@ from services.common.errors import (
     Unavailable,
 )
 from services.daemon.images import manifest
-from services.daemon.images.image import Image, ImageId, RunImage
+from services.daemon.images.image import Image, ImageId, ImageUser, RunImage
 from services.daemon.images.progress import PullProgress
 from services.daemon.images.reference import id_prefix, parse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from services.daemon.containers.runtime import Snapshots
     from services.daemon.images.image import LayerProgress
@@ -48,14 +48,6 @@ _UNTAGGED_PREFIX = f"{_UNTAGGED}@"
 _DEPTH_MAX = 4
 _REPORT_INTERVAL_S = 0.1
 _CACHE_MAX = 4096
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageUser:
-    """A container that was made from an image; ``running`` while it has processes."""
-
-    container_id: str
-    running: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,6 +100,10 @@ class ImageStore:
         sized = await asyncio.gather(*(self._with_usage(e) for e in await self._catalog()))
         return sorted(sized, key=lambda image: -image.created_at_ns)
 
+    async def count(self) -> int:
+        """How many images there are."""
+        return len(await self._catalog())
+
     async def get(self, text: str) -> Image:
         """The image that a user calls so: reference, id, or unique prefix of an id.
 
@@ -131,7 +127,7 @@ class ImageStore:
 
     async def pull(
         self, text: str, platform: str = ""
-    ) -> AsyncIterator[list[LayerProgress] | Image]:
+    ) -> AsyncGenerator[list[LayerProgress] | Image, None]:
         """Pull an image: reports until the last item, which is the image.
 
         Raises:

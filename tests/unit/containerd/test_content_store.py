@@ -418,6 +418,16 @@ async def test_blobs_and_ingests_go_under_the_current_lease(node: Node) -> None:
     assert await resources(node, "l2") == [("content", DIGEST)]
 
 
+async def test_a_lease_that_is_gone_leaves_nothing_behind(node: Node) -> None:
+    current_lease.set("gone")
+    with pytest.raises(NotFound, match="lease"):
+        await node.store.writer("a", "ref")
+    assert list((node.root / "content" / "ingest").iterdir()) == []
+    current_lease.set("")
+    async with await node.store.writer("a", "ref"):
+        pass  # the ref is free
+
+
 async def test_a_cancelled_commit_is_complete_or_leaves_the_ingest(node: Node) -> None:
     writer = await node.store.writer("a", "ref")
     await writer.write(DATA)

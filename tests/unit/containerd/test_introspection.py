@@ -15,7 +15,7 @@ from services.containerd.gc.collector import Collection
 from services.containerd.gc.graph import Node
 from services.containerd.images.store import Image
 from services.containerd.metadata import meta as meta_rows
-from services.containerd.metrics import ContainerdMetrics
+from services.containerd.metrics import ContainerdMetrics, join_pages
 from tests.fakes.metadata import open_metadata
 
 if TYPE_CHECKING:
@@ -69,3 +69,20 @@ async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
     assert "theseus_containerd_journal_seq 1.0" in page
     assert 'theseus_containerd_gc_removed_total{kind="snapshots"} 1.0' in page
     assert "theseus_containerd_gc_freed_bytes_total 7.0" in page
+
+
+def test_pages_are_joined_by_family() -> None:
+    first = b"# HELP a A.\n# TYPE a counter\na_total 1\n# HELP b B.\n# TYPE b gauge\nb 2\n"
+    second = b'# HELP a A.\n# TYPE a counter\na_total{shim="x"} 3\n# TYPE c gauge\nc 4\n'
+    assert join_pages(first, second).decode().splitlines() == [
+        "# HELP a A.",
+        "# TYPE a counter",
+        "a_total 1",
+        'a_total{shim="x"} 3',
+        "# HELP b B.",
+        "# TYPE b gauge",
+        "b 2",
+        "# TYPE c gauge",
+        "c 4",
+    ]
+    assert join_pages(first, b"") == first

@@ -20,7 +20,7 @@ from services.containerd.images.manifest import (
     parse_index,
     parse_manifest,
 )
-from services.containerd.images.platform import ordered, runnable_on
+from services.containerd.images.platform import ordered, parse_platform, runnable_on
 from services.containerd.images.tree import check_nesting, child_labels, children, find_manifest
 from tests.fakes.images import Blobs, build_image, build_index, described
 
@@ -131,7 +131,7 @@ def test_a_configuration_is_read() -> None:
     [
         {"rootfs": {"type": "other", "diff_ids": []}},
         {"rootfs": {"diff_ids": ["nothing"]}},
-        {"rootfs": {"diff_ids": {}}},
+        {"rootfs": {"diff_ids": {"a": 1}}},
         {"rootfs": 5},
         {"os": 5},
         {"os.features": [1]},
@@ -200,7 +200,7 @@ async def test_children_are_the_configuration_then_the_layers() -> None:
 async def test_find_manifest_takes_the_best_for_the_platform() -> None:
     blobs = Blobs()
     images = {
-        name: build_image(blobs, [{name: b""}], platform=Platform("linux", *name.split("/")))
+        name: build_image(blobs, [{name: b""}], platform=parse_platform(f"linux/{name}"))
         for name in ("386", "amd64", "amd64/v2", "arm64")
     }
     index = build_index(blobs, [image.manifest for image in images.values()])

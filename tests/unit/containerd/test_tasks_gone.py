@@ -18,7 +18,7 @@ from services.containerd.tasks.bundle import Bundle
 from services.containerd.tasks.gone import Epitaph, GoneShim, LastWords
 from services.containerd.tasks.journal import ExitNotice
 from services.containerd.tasks.processes import ProcessHandle, ProcessId
-from services.containerd.tasks.remains import read_remains, read_spool
+from services.containerd.tasks.remains import Remains, read_remains, read_spool
 from services.containerd.tasks.shim import ProcessExit, Stdio, TaskStatus
 from services.containerd.typed import TypedValue
 
@@ -54,7 +54,7 @@ async def test_what_is_known_is_answered() -> None:
 async def test_what_is_lost_is_lost_in_words() -> None:
     shim = GoneShim(EPITAPH)
     for question in (shim.wait, shim.delete):
-        with pytest.raises(DataLoss, match="process 'e1' of task 'c1'.*nobody saw it end"):
+        with pytest.raises(DataLoss, match=r"process 'e1' of task 'c1'.*nobody saw it end"):
             await question("e1")
     state = await shim.state("e1")
     assert (state.status, state.exit_status, state.exited_at_ns) == (TaskStatus.UNKNOWN, 0, 0)
@@ -116,7 +116,8 @@ def test_a_spooled_creation_keeps_its_nested_parts() -> None:
     fields = {
         "container_id": "c1",
         "rootfs": [{"type": "overlay", "source": "o", "options": ["a", "b"]}],
-        "io": {"stdout": "/x", "terminal": True},
+        "stdout": "/x",
+        "terminal": True,
         "pid": 3,
     }
     spooled = {"seq": 1, "timestamp_ns": 1, "topic": "/tasks/create", "fields": fields}
@@ -149,9 +150,11 @@ def test_messages_without_sense_are_none() -> None:
 def test_notes_of_a_shim_that_are_broken_are_none(tmp_path: Path) -> None:
     bundle = Bundle("ns", "c1", tmp_path)
     assert read_remains(bundle) is None
-    for broken in ("{", '{"processes": [3]}', '{"processes": [{"pid": "x"}]}'):
+    for broken in ("{", '{"containers": [3]}', '{"containers": [{"id": "c1", "processes": [{}]}]}'):
         (tmp_path / "state.json").write_text(broken)
         assert read_remains(bundle) is None
+    (tmp_path / "state.json").write_text('{"epoch": 1, "containers": []}')
+    assert read_remains(bundle) == Remains({})
 
 
 async def test_a_process_is_told_from_another_with_its_pid() -> None:

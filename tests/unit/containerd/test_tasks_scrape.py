@@ -23,7 +23,7 @@ def page(value: float) -> bytes:
 def test_families_are_merged_and_samples_are_labelled() -> None:
     merged = merge([("n", "c1", page(1)), ("n", "c2", page(2))]).decode()
     assert merged.count("# TYPE up gauge") == 1
-    assert merged.count("# HELP seconds") == 1
+    assert merged.count("# HELP seconds ") == 1
     families = {family.name: family for family in text_string_to_metric_families(merged)}
     assert {(s.labels["shim"], s.value) for s in families["up"].samples} == {
         ("c1", 1.0),

@@ -15,6 +15,7 @@ from services.containerd.images.manifest import MalformedManifest
 from services.containerd.images.reference import parse_reference
 from services.containerd.remotes.remote import RegistryAccess
 from services.containerd.transfer.destination import Destination, ExtraName, Unpacking
+from services.containerd.transfer.progress import report_nothing
 from tests.fakes.images import Blobs, build_image, build_index, described
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.fakes.transfer_node import TransferNode, open_transfer_node
@@ -437,10 +438,10 @@ async def test_push_of_one_platform_leaves_the_index_out(
     name = registry.serve("lib/x", "1", index, blobs)
     await pull(node, name, Destination(name=name, platforms=(AMD64,)))
     remote = node.registries.open(parse_reference(f"{registry.address}/new/y:2"), RegistryAccess())
-    await node.transfers.push("a", name, remote, [].append, platforms=(AMD64,))
+    await node.transfers.push("a", name, remote, report_nothing, platforms=(AMD64,))
     assert digest_of(registry.manifests["new/y", "2"][0]) == amd64.manifest.digest
     with pytest.raises(NotFound):
-        await node.transfers.push("a", name, remote, [].append)
+        await node.transfers.push("a", name, remote, report_nothing)
 
 
 async def test_tag_gives_a_further_name(registry: FakeRegistry, node: TransferNode) -> None:

@@ -1,0 +1,282 @@
+"""Attached clients: relayed to the shim through containerd, and back again when that was away.
+
+The client notices nothing of a restart of containerd: output goes on at the byte where it stopped,
+and input that the shim had not taken is sent again. Before a start there is nothing to attach to
+yet: the client is told that it is coupled, and the relay waits for the start. After the shim has
+gone, the rest of the output comes from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from services.daemon.containers.input_feed import InputFeed
+from services.daemon.containers.logs import LogSelection
+from services.daemon.containers.record import ExecState, State
+from services.daemon.containers.runtime import (
+    AttachInput,
+    AttachOutput,
+    AttachTarget,
+    Finished,
+    Gap,
+    Output,
+    Started,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from services.daemon.containers.exec_store import ExecStore
+    from services.daemon.containers.logs import Logs
+    from services.daemon.containers.observer import Observer
+    from services.daemon.containers.record import ContainerRecord
+    from services.daemon.containers.runtime import Streams
+    from services.daemon.containers.sessions import Sessions
+    from services.daemon.containers.store import ContainerStore
+
+log = structlog.get_logger(__name__)
+
+_REDIAL_LIMIT_S = 60.0
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 0.5
+
+
+class Attacher:
+    """Couples clients with processes.
+
+    Args:
+        store, execs: who there is to attach to.
+        streams: containerd's.
+        logs: for output whose shim is gone.
+        sessions: counts who is attached.
+        observer: told of resumed sessions.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: ContainerStore,
+        execs: ExecStore,
+        streams: Streams,
+        logs: Logs,
+        sessions: Sessions,
+        observer: Observer,
+    ) -> None:
+        self._store = store
+        self._execs = execs
+        self._streams = streams
+        self._logs = logs
+        self._sessions = sessions
+        self._observer = observer
+
+    async def container(
+        self, reference: str, target: AttachTarget, inputs: AsyncIterator[AttachInput]
+    ) -> AsyncGenerator[AttachOutput, None]:
+        """Couple with the init process of a container.
+
+        Args:
+            reference: the container, as users call it.
+            target: what is wanted; its ids are filled in here.
+            inputs: from the client.
+
+        Raises:
+            NotFound: there is no such container.
+            FailedPrecondition: input is wanted, and its stdin is not open.
+            Unavailable: containerd was away for too long.
+        """
+        record = self._store.find(reference)
+        if target.input and not record.config.open_stdin:
+            raise FailedPrecondition(
+                f"container {record.name} was not created with an open standard input: attach to "
+                "its output only, or create it with open_stdin",
+                resource=("container", record.id),
+            )
+        relay = _Relay(self._streams, _aimed(target, record.id), inputs, self._observer)
+        with self._sessions.attached(record.id):
+            async with relay:
+                if record.state in (State.CREATING, State.CREATED, State.STARTING):
+                    yield relay.announce(Started(0, record.config.tty, 0))
+                    started = await self._store.until(
+                        record.id,
+                        lambda now: (
+                            now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits
+                        ),
+                    )
+                    if started is None:
+                        yield Finished(relay.offset)
+                        return
+                try:
+                    async for output in relay.run():
+                        yield output
+                except (NotFound, FailedPrecondition):
+                    present = self._store.get(record.id)
+                    if present is None or present.live:
+                        raise
+                    async for output in self._rest(present, relay):
+                        yield output
+
+    async def exec(
+        self, target: AttachTarget, inputs: AsyncIterator[AttachInput]
+    ) -> AsyncGenerator[AttachOutput, None]:
+        """Couple with an exec session's process. Arguments and errors as :meth:`container`."""
+        record = self._execs.require(target.exec_id)
+        if record.config.detach:
+            raise FailedPrecondition("a detached exec session cannot be attached to")
+        if target.input and not record.config.open_stdin:
+            raise FailedPrecondition("the exec session was not created with an open standard input")
+        relay = _Relay(self._streams, _aimed(target, record.container_id), inputs, self._observer)
+        with self._sessions.attached(record.container_id, record.id):
+            async with relay:
+                if record.state is ExecState.CREATED:
+                    yield relay.announce(Started(0, record.config.tty, 0))
+                    record = await self._execs.until(
+                        record.id, lambda now: now.state is not ExecState.CREATED
+                    )
+                try:
+                    async for output in relay.run():
+                        yield output
+                except (NotFound, FailedPrecondition):
+                    if self._execs.require(record.id).state is not ExecState.EXITED:
+                        raise
+                    for output in relay.end():
+                        yield output
+
+    async def _rest(
+        self, record: ContainerRecord, relay: _Relay
+    ) -> AsyncGenerator[AttachOutput, None]:
+        """What of a finished run's output the client lacks, out of the log."""
+        if not relay.announced:
+            yield relay.announce(Started(0, record.config.tty, relay.offset))
+        if relay.target.output and not relay.target.from_end and record.started_at_ns:
+            selection = LogSelection(since_ns=record.starting_at_ns, skip_bytes=relay.offset)
+            async with aclosing(self._logs.read(record.id, selection)) as batches:
+                async for batch in batches:
+                    for entry in batch:
+                        yield relay.advance(Output(relay.offset, entry.stream, entry.data))
+        yield Finished(relay.offset)
+
+
+class _Relay:
+    """One client's session: where its output is, and what of its input may be sent again."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        target: AttachTarget,
+        inputs: AsyncIterator[AttachInput],
+        observer: Observer,
+    ) -> None:
+        self.target = target
+        self.offset = target.offset
+        self.announced = False
+        self._from_end = target.from_end
+        self._streams = streams
+        self._observer = observer
+        self._feed = InputFeed(inputs)
+
+    async def __aenter__(self) -> _Relay:
+        self._reading = asyncio.create_task(self._feed.take_in(), name="attach-input")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+    def announce(self, started: Started) -> Started:
+        """Note that the client is told; output goes on where ``started`` says."""
+        self.announced = True
+        self._from_end = False
+        self.offset = started.offset
+        return started
+
+    def advance(self, output: Output) -> Output:
+        """Note that the client is sent ``output``."""
+        self.offset = output.offset + len(output.data)
+        return output
+
+    def end(self) -> list[AttachOutput]:
+        """The last words of a session whose process left nothing behind."""
+        started = [] if self.announced else [self.announce(Started(0, False, self.offset))]
+        return [*started, Finished(self.offset)]
+
+    async def run(self) -> AsyncGenerator[AttachOutput, None]:
+        """Relay to the end of the output, through interruptions.
+
+        Raises:
+            NotFound, FailedPrecondition: the shim has nothing to attach to (any more).
+            Unavailable: nobody could be reached for too long.
+        """
+        loop = asyncio.get_running_loop()
+        pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
+        while True:
+            position: asyncio.Future[int] = loop.create_future()
+            try:
+                stream = self._streams.attach(self._next_target(), self._feed.give_out(position))
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        self._check_input()
+                        if broken_at_s:
+                            log.info("attach resumed", offset=self.offset)
+                            self._observer.attach_resumed()
+                        pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
+                        if isinstance(output, Started):
+                            position.set_result(output.input_offset)
+                        if (passed_on := self._note(output)) is not None:
+                            yield passed_on
+                        if isinstance(output, Finished):
+                            return
+                raise Unavailable("the attached stream ended early")
+            except Unavailable:
+                broken_at_s = broken_at_s or loop.time()
+                if loop.time() - broken_at_s > _REDIAL_LIMIT_S:
+                    raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            finally:
+                position.cancel()
+
+    def _next_target(self) -> AttachTarget:
+        return AttachTarget(
+            container_id=self.target.container_id,
+            exec_id=self.target.exec_id,
+            offset=self.offset,
+            from_end=self._from_end,
+            output=self.target.output,
+            input=self.target.input,
+        )
+
+    def _note(self, output: AttachOutput) -> AttachOutput | None:
+        """Follow the place of the output; None for what the client is not told."""
+        match output:
+            case Started():
+                told = self.announced
+                if not told:
+                    self.announce(output)
+                return None if told else output
+            case Output():
+                return self.advance(output)
+            case Gap():
+                self.offset = output.to_offset
+        return output
+
+    def _check_input(self) -> None:
+        if self._reading.done() and not self._reading.cancelled():
+            self._reading.result()
+
+
+def _aimed(target: AttachTarget, container_id: str) -> AttachTarget:
+    if not target.output and not target.input:
+        raise InvalidArgument("neither output nor input is wanted: set one of them")
+    return AttachTarget(
+        container_id=container_id,
+        exec_id=target.exec_id,
+        offset=target.offset,
+        from_end=target.from_end,
+        output=target.output,
+        input=target.input,
+    )

@@ -1,0 +1,245 @@
+"""Exec sessions: further processes in a running container."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from typing import TYPE_CHECKING
+
+import structlog
+
+from services.common.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    TheseusError,
+    Unavailable,
+)
+from services.daemon.containers import exec_store
+from services.daemon.containers.record import (
+    ContainerRecord,
+    ExecConfig,
+    ExecId,
+    ExecRecord,
+    ExecState,
+    ExitStatus,
+    State,
+)
+from services.daemon.containers.rootfs import root_layers
+from services.daemon.containers.runtime import Stdio
+from services.daemon.containers.start import COMMAND_CODES, STREAM_URI
+from services.daemon.spec.limits import validate_env, validate_working_dir
+from services.daemon.spec.process import ExecRequest, exec_process
+from services.daemon.spec.users import resolve_user
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.common.background import Background
+    from services.daemon.containers.below import Below
+    from services.daemon.containers.sessions import Sessions
+    from services.daemon.spec.host import HostFacts
+    from services.daemon.spec.request import ResolvedUser
+
+log = structlog.get_logger(__name__)
+
+_CANNOT_RUN = 126
+_FORGET_AFTER_S = 30.0
+_ATTACHED_LIMIT_S = 3600.0
+_PASSING = (Unavailable, DeadlineExceeded)
+
+
+class Execs:
+    """Exec sessions of all containers.
+
+    Args:
+        below: what containers are made of.
+        host: facts of this machine.
+        sessions: attached clients, who read the output before the process is forgotten.
+        background: owns what is done after the end of a session.
+        clock_ns: the time.
+    """
+
+    def __init__(
+        self,
+        below: Below,
+        *,
+        host: HostFacts,
+        sessions: Sessions,
+        background: Background,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self._below = below
+        self._host = host
+        self._sessions = sessions
+        self._background = background
+        self._clock_ns = clock_ns
+        self._attached: set[str] = set()
+
+    async def create(self, reference: str, config: ExecConfig) -> ExecId:
+        """Prepare a process in a running container.
+
+        Raises:
+            NotFound: there is no such container.
+            FailedPrecondition: it does not run.
+            InvalidArgument: no command, or a bad variable or directory.
+        """
+        container = self._running(self._below.store.find(reference))
+        if not config.command or not config.command[0]:
+            raise InvalidArgument("no exec command specified", field="command")
+        if any("\0" in word for word in config.command):
+            raise InvalidArgument("an argument has a NUL character in it", field="command")
+        validate_env(config.env)
+        validate_working_dir(config.working_dir)
+        record = ExecRecord(
+            id=ExecId(secrets.token_hex(32)),
+            container_id=container.id,
+            run=container.runs,
+            config=config,
+        )
+        await self._below.execs.put(record)
+        return record.id
+
+    async def start(self, exec_id: str) -> int:
+        """Start the process; returns its pid. One that was started is left alone.
+
+        Raises:
+            NotFound: there is no such session.
+            InvalidArgument: with the reason COMMAND_NOT_FOUND or COMMAND_NOT_EXECUTABLE.
+            FailedPrecondition: the container does not run.
+        """
+        record = self._below.execs.require(exec_id)
+        if record.state is not ExecState.CREATED:
+            return record.pid
+        container = self._running(self._below.store.require(record.container_id))
+        if container.runs != record.run:
+            raise FailedPrecondition(
+                f"exec session {exec_id} belongs to an earlier run of container {container.name}"
+            )
+        with self._below.observer.timed("exec"):
+            try:
+                pid = await self._run(container, record)
+            except TheseusError as error:
+                if not isinstance(error, _PASSING):
+                    await self._failed(record, error)
+                raise
+        started = await self._below.execs.change(record.id, lambda now: _running(now, pid))
+        if started.state is ExecState.EXITED:
+            self.ended(started)
+        return pid
+
+    async def wait(self, exec_id: str) -> ExitStatus:
+        """How the process ended, once it has.
+
+        Raises:
+            NotFound: there is no such session, or its container has gone on without it.
+        """
+        record = await self._below.execs.until(exec_id, lambda now: now.state is ExecState.EXITED)
+        assert record.exit is not None
+        return record.exit
+
+    def attached(self, exec_id: str) -> None:
+        """Note that a client attaches: its output then goes when it has been read."""
+        self._attached.add(exec_id)
+
+    def ended(self, record: ExecRecord) -> None:
+        """Have containerd forget a process that has ended, once nobody reads its output."""
+        if record.pid or record.deleted or record.state is not ExecState.EXITED:
+            return
+        self._background.start(self._forget(record), name=f"exec-forget-{record.id[:12]}")
+
+    def resume(self) -> None:
+        """After a start of the daemon: look after the sessions that had ended before."""
+        for container in self._below.store.list_all():
+            for record in self._below.execs.of(container.id):
+                self.ended(record)
+
+    async def _run(self, container: ContainerRecord, record: ExecRecord) -> int:
+        spec = await self._below.containers.spec(container.id)
+        user = await self._user(container, record.config.user)
+        process = exec_process(spec, self._request(container, record.config, user))
+        if record.config.tty and record.config.width and record.config.height:
+            process["consoleSize"] = {
+                "width": record.config.width,
+                "height": record.config.height,
+            }
+        try:
+            await self._below.tasks.exec(
+                container.id, record.id, process=process, stdio=_stdio(record.config)
+            )
+        except AlreadyExists:  # an answer was lost, and the call made again
+            log.debug("exec was there already", exec_id=record.id)
+        return await self._below.tasks.start(container.id, record.id)
+
+    async def _user(self, container: ContainerRecord, user: str) -> ResolvedUser | None:
+        if not user:
+            return None
+        mounts = await self._below.snapshots.mounts(container.id)
+        return await asyncio.to_thread(lambda: resolve_user(root_layers(mounts), user))
+
+    def _request(
+        self, container: ContainerRecord, config: ExecConfig, user: ResolvedUser | None
+    ) -> ExecRequest:
+        configured = (*container.config.env, *container.image.config.env)
+        return ExecRequest(
+            args=config.command,
+            env=config.env,
+            working_dir=config.working_dir,
+            user=user,
+            home_configured=any(entry.startswith("HOME=") for entry in configured),
+            tty=config.tty,
+            privileged_capabilities=self._host.capabilities if config.privileged else None,
+        )
+
+    async def _failed(self, record: ExecRecord, error: TheseusError) -> None:
+        code = COMMAND_CODES.get(error.reason, _CANNOT_RUN)
+        status = ExitStatus(code, self._clock_ns(), error=error.message)
+        failed = await self._below.execs.change(record.id, lambda now: exec_store.end(now, status))
+        self.ended(failed)
+
+    async def _forget(self, record: ExecRecord) -> None:
+        if not record.config.detach and record.exit is not None and not record.exit.error:
+            if record.id not in self._attached:
+                await asyncio.sleep(_FORGET_AFTER_S)
+            await self._sessions.finish(record.id, timeout_s=_ATTACHED_LIMIT_S)
+        self._attached.discard(record.id)
+        container = self._below.store.get(record.container_id)
+        if container is None or not container.live or container.runs != record.run:
+            return  # the whole task goes, or has gone
+        try:
+            await self._below.tasks.delete(record.container_id, record.id)
+            await self._below.execs.change(
+                record.id, lambda now: dataclasses.replace(now, deleted=True)
+            )
+        except TheseusError as error:
+            log.info("exec not forgotten", exec_id=record.id, error=error.message)
+
+    def _running(self, container: ContainerRecord) -> ContainerRecord:
+        if container.state is State.PAUSED:
+            raise FailedPrecondition(
+                f"Container {container.name} is paused, unpause the container before exec",
+                resource=("container", container.id),
+            )
+        if container.state is not State.RUNNING:
+            raise FailedPrecondition(
+                f"Container {container.id} is not running", resource=("container", container.id)
+            )
+        return container
+
+
+def _running(record: ExecRecord, pid: int) -> ExecRecord | None:
+    if record.state is not ExecState.CREATED:
+        return None
+    return dataclasses.replace(record, state=ExecState.RUNNING, pid=pid)
+
+
+def _stdio(config: ExecConfig) -> Stdio:
+    output = "" if config.detach else STREAM_URI
+    return Stdio(
+        stdin=STREAM_URI if config.open_stdin and not config.detach else "",
+        stdout=output,
+        stderr="" if config.tty else output,
+        terminal=config.tty,
+    )

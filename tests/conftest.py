@@ -1,0 +1,70 @@
+"""Rules of the whole suite: who may run root tests, and that nothing is left behind."""
+
+import os
+
+import pytest
+
+from tools import leaks, sandbox
+
+_NOT_ROOT = "needs root: namespaces, mounts and an OCI runtime"
+_NOT_IN_SANDBOX = (
+    "root tests make containers, mounts and networks: run them with 'make test', which does it in "
+    "namespaces of their own (or set THESEUS_TEST_HOST=1 to run them on this host)"
+)
+_BEFORE = pytest.StashKey[leaks.Traces]()
+_LEFT = pytest.StashKey[list]()
+
+
+def _is_root():
+    return os.geteuid() == 0
+
+
+def _in_sandbox():
+    return sandbox.MARK in os.environ
+
+
+def pytest_configure(config):
+    if _is_root() and _in_sandbox():
+        config.stash[_BEFORE] = leaks.taken()
+
+
+def pytest_collection_modifyitems(items):
+    if not _is_root():
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(pytest.mark.skip(reason=_NOT_ROOT))
+
+
+def pytest_runtest_setup(item):
+    if (
+        item.get_closest_marker("root")
+        and _is_root()
+        and not _in_sandbox()
+        and os.environ.get("THESEUS_TEST_HOST") != "1"
+    ):
+        pytest.fail(_NOT_IN_SANDBOX, pytrace=False)
+
+
+def pytest_sessionfinish(session):
+    before = session.config.stash.get(_BEFORE, None)
+    if before is not None and not session.config.option.collectonly:
+        session.config.stash[_LEFT] = left = leaks.left_since(before)
+        if left and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and _NOT_ROOT in report.longrepr[2]
+    ]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests skipped: each {_NOT_ROOT}", yellow=True)
+    left = config.stash.get(_LEFT, None)
+    if left:
+        terminalreporter.section("left behind", red=True)
+        for line in left:
+            terminalreporter.write_line(line, red=True)
+    elif left is not None:
+        terminalreporter.write_line("nothing was left behind", green=True)

@@ -1,0 +1,86 @@
+"""One engine for all tests that drive the whole of it.
+
+The engine is `theseus up` in a directory with a short path, beside a registry on loopback that has
+a busybox.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.integration.theseus import Theseus
+from tools import engine as engines
+from tools import image, leaks, registry
+
+
+@pytest.fixture(scope="session")
+def home():
+    """Where the engine lives: a short path, since those of Unix sockets are limited."""
+    directory = Path(tempfile.mkdtemp(prefix="theseus-t-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def registry_directory(home):
+    return home / "registry"
+
+
+@pytest.fixture(scope="session")
+def registry_address(registry_directory):
+    with registry.serving(registry_directory) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def busybox():
+    return image.busybox()
+
+
+@pytest.fixture(scope="session")
+def whole_engine(home, registry_address, busybox):
+    image.push(busybox, registry_address, "busybox", "latest")
+    before = leaks.taken()
+    try:
+        with engines.running(home, ["--bridge-name", "ttest0", "--log-level", "debug"]) as engine:
+            theseus = Theseus(engine, registry_address)
+            theseus.ok("pull", theseus.image)
+            yield theseus
+            theseus.wait_until_up()
+            if found := theseus.ok("ps", "-aq").split():
+                theseus.ok("rm", "-f", "-v", *found)
+    finally:
+        keep = os.environ.get("THESEUS_TEST_LOG")
+        if keep:
+            shutil.copy(home / "up.log", keep)
+    # Bridge and table stay for containers that outlive `theseus up`; there are none left here.
+    subprocess.run(["ip", "link", "delete", "ttest0"], check=False, capture_output=True)
+    for line in leaks.taken().beyond(before):
+        kind, _, name = line.partition(": ")
+        if kind == "nft":
+            subprocess.run(["nft", "delete", *name.split()], check=True)
+        if kind == "cgroups" and name.endswith(("/theseus", "/theseus/shims")):
+            with contextlib.suppress(OSError):
+                Path(name).rmdir()
+
+
+@pytest.fixture
+def theseus(whole_engine):
+    """The command; containers that a test leaves are removed after it."""
+    yield whole_engine
+    left = whole_engine("ps", "-aq").out.split()
+    if left:
+        whole_engine("rm", "-f", "-v", *left)
+
+
+@pytest.fixture(params=["runc", "crun"])
+def runtime(request):
+    """Name of an OCI runtime."""
+    if shutil.which(request.param) is None:
+        pytest.fail(f"{request.param} is not installed: use make setup")
+    return request.param
