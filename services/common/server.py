@@ -277,9 +277,7 @@ class _Call:
             name = "OK" if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
             self._metrics.handled.labels(*self._labels, name).inc()
             self._metrics.handling.labels(*self._labels).observe(took_s)
-            log.debug(
-                "call handled", method=self._method, code=code.name, seconds=round(took_s, 6)
-            )
+            log.debug("call handled", method=self._method, code=code.name, seconds=round(took_s, 6))
 
     async def _fail(
         self, context: grpc.aio.ServicerContext[Any, Any], error: Exception

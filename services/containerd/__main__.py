@@ -31,6 +31,9 @@ def main() -> int:
     except TheseusError as error:
         sys.stderr.write(f"theseus-containerd: {error.message}\n")
         return 1
+    except OSError as error:
+        sys.stderr.write(f"theseus-containerd: cannot start: {error}\n")
+        return 1
     return 0
 
 

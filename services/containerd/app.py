@@ -74,9 +74,9 @@ from services.containerd.tasks.shims import Identity, ShimManager
 from services.containerd.tasks.undertaker import Undertaker
 from services.containerd.transfer.fetch import BlobFetcher
 from services.containerd.transfer.load import Loader
+from services.containerd.transfer.metered import MeteredTransfers
 from services.containerd.transfer.pull import Puller
 from services.containerd.transfer.push import Pusher
-from services.containerd.transfer.transfers import Transfers
 from services.containerd.transfer.unpack import LayerUnpacker
 from services.containerd.transfer.unpacking import ImageUnpacking
 
@@ -157,8 +157,9 @@ class App:
         unpacker.check("")
         unpacking = ImageUnpacking(self._content, unpacker, host=host_platform())
         stores = self._content, self._images, self._leases
-        self._transfers = Transfers(
+        self._transfers = MeteredTransfers(
             *stores,
+            timed=self._metrics.timed_transfer,
             puller=Puller(
                 *stores,
                 fetcher=BlobFetcher(self._content, max_downloads=config.max_downloads),

@@ -5,6 +5,8 @@ Gauges of what lies in the database are read when a page is asked for.
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -12,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from services.containerd.metadata import figures
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from services.common.database import Database
     from services.containerd.gc.collector import Collection
 
@@ -39,6 +43,13 @@ class ContainerdMetrics:
             ("kind",),
             registry=registry,
         )
+        self.transfers = Histogram(
+            "theseus_containerd_transfer_seconds",
+            "Time that a pull, load or push took, by outcome (ok, failed).",
+            ("kind", "outcome"),
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600),
+            registry=registry,
+        )
         self.gc_seconds = Histogram(
             "theseus_containerd_gc_seconds", "Time that a collection took.", registry=registry
         )
@@ -53,6 +64,16 @@ class ContainerdMetrics:
             "Bytes of blobs that collections gave back.",
             registry=registry,
         )
+
+    @contextmanager
+    def timed_transfer(self, kind: str) -> Iterator[None]:
+        """Time a transfer."""
+        began, outcome = time.perf_counter(), "failed"
+        try:
+            yield
+            outcome = "ok"
+        finally:
+            self.transfers.labels(kind, outcome).observe(time.perf_counter() - began)
 
     def observe_collection(self, collection: Collection) -> None:
         """Count a collection."""

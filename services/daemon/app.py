@@ -30,6 +30,7 @@ from protos.theseus.engine.v1 import (
 )
 from services.common.background import Background
 from services.common.database import Database
+from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer, Service
@@ -153,6 +154,7 @@ class App:
         await self._runtimes.probe()
         stack.push_async_callback(self._below.store.close)
         stack.push_async_callback(self._below.execs.close)
+        stack.push_async_callback(self._leave_network)
         await stack.enter_async_context(self._background)
         stack.push_async_callback(self._manager.close, DRAIN_S)
         self._caretaker.returned()
@@ -232,6 +234,7 @@ class App:
                 runtimes=self._runtimes,
                 host=self._host,
                 remover=remover,
+                caretaker=self._caretaker,
             ),
             starter=Starter(
                 below,
@@ -243,6 +246,7 @@ class App:
             ),
             stopper=Stopper(below),
             remover=remover,
+            caretaker=self._caretaker,
             waiter=Waiter(below.store),
             logs=logs,
         )
@@ -323,6 +327,13 @@ class App:
                 engine["Volumes"],
             ),
         ]
+
+    async def _leave_network(self) -> None:
+        """Without containers on it the bridge is nobody's: it goes with the daemon."""
+        try:
+            await self._network.teardown_if_unused()
+        except TheseusError as error:
+            log.warning("network not torn down", error=error.message)
 
     def _exec_ended(self, record: ExecRecord) -> None:
         self._execs.ended(record)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.common import log
+from services.common import VERSION, log
 from services.common.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -88,16 +88,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
-def program_version() -> str:
-    """Version of the installed distribution, or of the tree that this runs from."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("theseus-engine")
-    except metadata.PackageNotFoundError:
-        return "0.1.0+tree"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="theseus-daemon",
@@ -138,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to wait for another daemon to leave the root (%(default)s)",
     )
-    add("--version", action="version", version=f"theseus-daemon {program_version()}")
+    add("--version", action="version", version=f"theseus-daemon {VERSION}")
     return parser
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from services.common import VERSION
 from services.common.errors import TheseusError
-from services.daemon.config import program_version
 from services.daemon.containers.oci_runtimes import cgroup_layout
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class SystemReporter:
     async def versions(self) -> Versions:
         """Versions of the tiers that this daemon sees."""
         return Versions(
-            engine=program_version(),
+            engine=VERSION,
             python=platform.python_version(),
             kernel=os.uname().release,
             containerd=await self._containerd.version(),

@@ -12,8 +12,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from services.common import VERSION
 from services.common.errors import TheseusError
-from services.shim.version import program_version
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="theseus-shim", description="Parent of one container.")
-    parser.add_argument("--version", action="version", version=f"theseus-shim {program_version()}")
+    parser.add_argument("--version", action="version", version=f"theseus-shim {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     factory = commands.add_parser("factory", help="fork shims on request, until stdin is closed")

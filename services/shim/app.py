@@ -24,7 +24,7 @@ from protos.theseus.shim.v1 import (
     streams_pb2,
     streams_pb2_grpc,
 )
-from services.common import linux
+from services.common import VERSION, linux
 from services.common.background import Background
 from services.common.server import RpcServer, Service
 from services.shim.bundle import Bundle
@@ -37,7 +37,6 @@ from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
 from services.shim.spool import Spool
 from services.shim.tasks import Tasks
-from services.shim.version import program_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,7 +97,7 @@ class Shim:
             await self._server.start()
             self._write_identity()
             serving(self._identity())
-            log.info("shim serves", socket=str(self._config.socket), version=program_version())
+            log.info("shim serves", socket=str(self._config.socket), version=VERSION)
             self._background.start(self._registry.run(), name="registry")
             await self._end()
             await self._tasks.finish()
@@ -182,7 +181,7 @@ class Shim:
             "pid": os.getpid(),
             "start_time": self._start_time,
             "address": f"unix://{self._config.socket}",
-            "version": program_version(),
+            "version": VERSION,
         }
 
     def _write_identity(self) -> None:
@@ -211,7 +210,7 @@ class Shim:
             pid_start_time=self._start_time,
             boot_id=self._boot_id,
             address=f"unix://{config.socket}",
-            version=program_version(),
+            version=VERSION,
             protocol_min=PROTOCOL,
             protocol_max=PROTOCOL,
             processes=[

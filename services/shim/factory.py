@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
-from services.common import linux
+from services.common import VERSION, linux
 from services.common import log as logs
 from services.common.errors import TheseusError
 from services.common.server import socket_group
@@ -36,7 +36,6 @@ from services.shim import shim_cgroup
 from services.shim.app import Shim
 from services.shim.config import ShimConfig
 from services.shim.metrics import ShimMetrics
-from services.shim.version import program_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +83,7 @@ class Factory:
         self._home.enter()
         try:
             self._listen()
-            log.info("factory serves", socket=str(self._path), version=program_version())
+            log.info("factory serves", socket=str(self._path), version=VERSION)
             self._serve()
         finally:
             self._path.unlink(missing_ok=True)
@@ -140,9 +139,7 @@ class Factory:
     def _fork(self, config: ShimConfig, connection: socket.socket) -> None:
         if os.fork() == 0:
             self._leave_to_child(connection)
-            run_child(
-                config, self._metrics, lambda answer: _answer_and_close(connection, answer)
-            )
+            run_child(config, self._metrics, lambda answer: _answer_and_close(connection, answer))
 
     def _leave_to_child(self, connection: socket.socket) -> None:
         """In the child: keep nothing of the factory but this connection."""
@@ -244,7 +241,6 @@ def _warm_up() -> None:
     """Import what is imported late otherwise, and set the collector aside."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
-    program_version()
     socket_group()
     gc.collect()
     gc.freeze()

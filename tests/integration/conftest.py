@@ -50,6 +50,7 @@ def whole_engine(home, registry_address, busybox):
         with engines.running(home, ["--bridge-name", "ttest0", "--log-level", "debug"]) as engine:
             theseus = Theseus(engine, registry_address)
             theseus.ok("pull", theseus.image)
+            theseus.ok("run", "--rm", theseus.image, "true")  # makes the bridge, which stays
             yield theseus
             theseus.wait_until_up()
             if found := theseus.ok("ps", "-aq").split():

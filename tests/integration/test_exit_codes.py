@@ -29,20 +29,20 @@ def test_a_directory_is_126(theseus, runtime):
 
 
 def test_exec_has_the_same_codes(theseus, runtime):
-    theseus.start("--runtime", runtime, "--name", "e", "--", "sleep", "60")
+    theseus.start("--runtime", runtime, "--name", "ee", "--", "sleep", "60")
     with theseus.leaves_nothing():
-        assert theseus("exec", "e", "no-such-command").code == 127
-        assert theseus("exec", "e", "/etc/passwd").code == 126
-        assert theseus("exec", "e", "false").code == 1
-    assert theseus.inspect("e")["State"]["Status"] == "running"
+        assert theseus("exec", "ee", "no-such-command").code == 127
+        assert theseus("exec", "ee", "/etc/passwd").code == 126
+        assert theseus("exec", "ee", "false").code == 1
+    assert theseus.inspect("ee")["State"]["Status"] == "running"
 
 
 def test_a_signal_is_128_and_its_number(theseus, runtime):
     result = theseus.run("--runtime", runtime, "--", "sh", "-c", "kill -USR1 $$")
     assert result.code == 0  # the kernel protects an init from signals it does not handle
-    theseus.start("--runtime", runtime, "--name", "k", "--", "sleep", "60")
-    theseus.ok("kill", "k")
-    assert theseus.ok("wait", "k") == "137"
+    theseus.start("--runtime", runtime, "--name", "kk", "--", "sleep", "60")
+    theseus.ok("kill", "kk")
+    assert theseus.ok("wait", "kk") == "137"
 
 
 def test_a_signal_to_the_command_reaches_the_container(theseus):

@@ -25,14 +25,14 @@ def test_foreground_prints_output_and_ends_with_the_containers_code(theseus, run
 
 def test_detached_container_runs_on_and_is_logged(theseus, runtime):
     identity = theseus.start(
-        "--runtime", runtime, "--name", "d", "--", "sh", "-c", "echo hi; sleep 60"
+        "--runtime", runtime, "--name", "dd", "--", "sh", "-c", "echo hi; sleep 60"
     )
     assert re.fullmatch("[0-9a-f]{64}", identity)
-    until(lambda: theseus.ok("logs", "d") == "hi")
-    (line,) = [row for row in theseus.ok("ps").splitlines() if row.endswith(" d")]
+    until(lambda: theseus.ok("logs", "dd") == "hi")
+    (line,) = [row for row in theseus.ok("ps").splitlines() if row.endswith(" dd")]
     assert line.startswith(identity[:12])
     assert "Up " in line and '"sh -c ' in line
-    found = theseus.inspect("d")
+    found = theseus.inspect("dd")
     assert found["Id"] == identity
     assert found["State"]["Status"] == "running"
     assert Path(f"/proc/{found['State']['Pid']}").is_dir()
@@ -69,9 +69,9 @@ def test_binds_and_volumes(theseus, tmp_path):
 
 def test_anonymous_volumes_go_with_their_container(theseus):
     with theseus.leaves_nothing():
-        theseus.start("--name", "v", "-v", "/data", "--", "sleep", "60")
+        theseus.start("--name", "vv", "-v", "/data", "--", "sleep", "60")
         assert theseus.ok("volume", "ls", "-q")
-        theseus.ok("rm", "-f", "-v", "v")
+        theseus.ok("rm", "-f", "-v", "vv")
         assert theseus.ok("volume", "ls", "-q") == ""
 
 
@@ -85,11 +85,11 @@ def test_tmpfs_and_read_only_root(theseus):
 
 def test_limits_are_the_cgroups(theseus, runtime):
     theseus.start(
-        *["--runtime", runtime, "--name", "l", "--memory", "64m", "--cpus", "0.5"],
+        *["--runtime", runtime, "--name", "ll", "--memory", "64m", "--cpus", "0.5"],
         *["--pids-limit", "40", "--", "sleep", "60"],
     )
     groups = {}
-    for line in Path(f"/proc/{theseus.pid('l')}/cgroup").read_text().splitlines():
+    for line in Path(f"/proc/{theseus.pid('ll')}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         groups.update(dict.fromkeys(controllers.split(","), path))
 
@@ -100,7 +100,7 @@ def test_limits_are_the_cgroups(theseus, runtime):
     assert value("memory", "memory.limit_in_bytes") == 64 << 20
     assert value("cpu", "cpu.cfs_quota_us") * 2 == value("cpu", "cpu.cfs_period_us")
     assert value("pids", "pids.max") == 40
-    theseus.ok("rm", "-f", "l")
+    theseus.ok("rm", "-f", "ll")
     assert not (Path("/sys/fs/cgroup/memory") / groups["memory"].lstrip("/")).exists()
 
 
@@ -205,8 +205,8 @@ def test_terminal_size_reaches_the_container(theseus):
 
 
 def test_exec(theseus, runtime):
-    theseus.start("--runtime", runtime, "--name", "e", "-e", "A=1", "--", "sleep", "60")
-    assert theseus("exec", "e", "sh", "-c", "echo $A; exit 9").code == 9
+    theseus.start("--runtime", runtime, "--name", "ee", "-e", "A=1", "--", "sleep", "60")
+    assert theseus("exec", "ee", "sh", "-c", "echo $A; exit 9").code == 9
     result = theseus(
         "exec",
         "-e",
@@ -215,38 +215,40 @@ def test_exec(theseus, runtime):
         "/tmp",
         "-u",
         "5:6",
-        "e",
+        "ee",
         "sh",
         "-c",
         "echo $A $B $PWD $(id -u) $(id -g)",
     )
     assert result.out == "1 2 /tmp 5 6\n"
-    assert theseus("exec", "-i", "e", "cat", stdin="through\n").out == "through\n"
+    assert theseus("exec", "-i", "ee", "cat", stdin="through\n").out == "through\n"
     with theseus.leaves_nothing():
-        theseus.ok("exec", "-d", "e", "touch", "/tmp/made")
-        until(lambda: theseus("exec", "e", "ls", "/tmp/made").code == 0)
-    both = theseus("exec", "e", "sh", "-c", "echo out; echo err >&2")
+        theseus.ok("exec", "-d", "ee", "touch", "/tmp/made")
+        until(lambda: theseus("exec", "ee", "ls", "/tmp/made").code == 0)
+    both = theseus("exec", "ee", "sh", "-c", "echo out; echo err >&2")
     assert (both.out, both.err) == ("out\n", "err\n")
 
 
 def test_logs_options(theseus):
-    theseus.start("--name", "g", "--", "sh", "-c", "for i in 1 2 3; do echo $i; done; echo e >&2")
-    theseus.ok("wait", "g")
-    result = theseus("logs", "g")
+    theseus.start("--name", "gg", "--", "sh", "-c", "for i in 1 2 3; do echo $i; done; echo e >&2")
+    theseus.ok("wait", "gg")
+    result = theseus("logs", "gg")
     assert (result.out, result.err) == ("1\n2\n3\n", "e\n")
-    assert theseus("logs", "--tail", "2", "g").out + theseus("logs", "-n", "2", "g").err == "3\ne\n"
-    stamped = theseus("logs", "-t", "g").out.splitlines()
+    assert (
+        theseus("logs", "--tail", "2", "gg").out + theseus("logs", "-n", "2", "gg").err == "3\ne\n"
+    )
+    stamped = theseus("logs", "-t", "gg").out.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z \d$", line) for line in stamped)
-    assert theseus("logs", "--since", "1h", "g").out == "1\n2\n3\n"
-    assert theseus("logs", "--until", "1h", "g").out == ""
+    assert theseus("logs", "--since", "1h", "gg").out == "1\n2\n3\n"
+    assert theseus("logs", "--until", "1h", "gg").out == ""
 
 
 def test_logs_follow_until_the_end(theseus, tmp_path):
     os.mkfifo(tmp_path / "go")
     theseus.start(
-        "--name", "f", "-v", f"{tmp_path}:/d", "--", "sh", "-c", "echo a; read x < /d/go; echo b"
+        "--name", "ff", "-v", f"{tmp_path}:/d", "--", "sh", "-c", "echo a; read x < /d/go; echo b"
     )
-    process = theseus.spawn("logs", "-f", "f")
+    process = theseus.spawn("logs", "-f", "ff")
     assert process.stdout.readline() == "a\n"
     (tmp_path / "go").write_text("\n")
     out, err = process.communicate(timeout=20)
@@ -255,40 +257,40 @@ def test_logs_follow_until_the_end(theseus, tmp_path):
 
 def test_stop_sends_term_and_then_kill(theseus):
     theseus.start(
-        "--name", "s", "--", "sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
+        "--name", "ss", "--", "sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
     )
-    until(lambda: theseus.ok("logs", "s") == "up")
-    theseus.ok("stop", "s")
-    assert theseus.inspect("s")["State"]["ExitCode"] == 3
+    until(lambda: theseus.ok("logs", "ss") == "up")
+    theseus.ok("stop", "ss")
+    assert theseus.inspect("ss")["State"]["ExitCode"] == 3
     theseus.start(
-        "--name", "k", "--", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"
+        "--name", "kk", "--", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"
     )
-    until(lambda: theseus.ok("logs", "k") == "up")
-    theseus.ok("stop", "-t", "1", "k")
-    assert theseus.inspect("k")["State"]["ExitCode"] == 137
+    until(lambda: theseus.ok("logs", "kk") == "up")
+    theseus.ok("stop", "-t", "1", "kk")
+    assert theseus.inspect("kk")["State"]["ExitCode"] == 137
 
 
 def test_stop_uses_the_containers_signal(theseus):
     script = "trap 'exit 4' USR1; echo up; while :; do sleep 0.1; done"
-    theseus.start("--name", "u", "--stop-signal", "USR1", "--", "sh", "-c", script)
-    until(lambda: theseus.ok("logs", "u") == "up")
-    theseus.ok("stop", "u")
-    assert theseus.ok("wait", "u") == "4"
+    theseus.start("--name", "uu", "--stop-signal", "USR1", "--", "sh", "-c", script)
+    until(lambda: theseus.ok("logs", "uu") == "up")
+    theseus.ok("stop", "uu")
+    assert theseus.ok("wait", "uu") == "4"
 
 
 def test_kill_wait_and_rm(theseus, runtime):
     with theseus.leaves_nothing():
-        theseus.start("--runtime", runtime, "--name", "x", "--", "sleep", "60")
-        waiting = theseus.spawn("wait", "x")
-        refused = theseus("rm", "x")
+        theseus.start("--runtime", runtime, "--name", "xx", "--", "sleep", "60")
+        waiting = theseus.spawn("wait", "xx")
+        refused = theseus("rm", "xx")
         assert refused.code == 1
-        assert "x" in refused.err and "(request " in refused.err
-        theseus.ok("kill", "x")
+        assert "running" in refused.err and "(request " in refused.err
+        theseus.ok("kill", "xx")
         assert waiting.communicate(timeout=20)[0] == "137\n"
-        assert theseus("kill", "x").code == 1
-        assert theseus.ok("stop", "x") == "x"
-        assert theseus.ok("rm", "x") == "x"
-        assert theseus("inspect", "x").code == 1
+        assert theseus("kill", "xx").code == 1
+        assert theseus.ok("stop", "xx") == "xx"
+        assert theseus.ok("rm", "xx") == "xx"
+        assert theseus("inspect", "xx").code == 1
 
 
 def test_started_again_it_runs_again(theseus):

@@ -20,10 +20,7 @@ from services.common import errors
 from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.shim_harness import FactoryProcess, ShimMaker
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-]
+pytestmark = pytest.mark.root
 
 # crun refuses a hybrid host; in a mount namespace without the v2 hierarchy it sees a v1 host.
 WITHOUT_UNIFIED = (

@@ -28,7 +28,7 @@ def _arguments(parser: Parser) -> None:
     option("--state", metavar="DIR", default="/run/theseus", help="sockets (%(default)s)")
     option("--default-runtime", metavar="NAME", default="runc", help="(%(default)s)")
     option("--bridge-name", metavar="NAME", default="theseus0", help="(%(default)s)")
-    option("--bridge-subnet", metavar="SUBNET", default="172.30.0.0/16", help="(%(default)s)")
+    option("--bridge-subnet", metavar="SUBNET", default="10.77.0.1/16", help="(%(default)s)")
     metrics = "where {}'s metrics are, unix:PATH or HOST:PORT (STATE/{}/metrics.sock)"
     for tier in ("containerd", "daemon"):
         option(f"--{tier}-metrics-address", metavar="ADDRESS", help=metrics.format(tier, tier))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import asyncio
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
+import grpc
 from google.protobuf import empty_pb2
 
 from protos.containerd.services.version.v1 import version_pb2_grpc
@@ -36,6 +38,17 @@ _TRANSPORT_WORDS = (
     "No such file or directory",
     "connections to all backends failing",
 )
+
+
+async def end_call(call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+    """End a call whose requests were written one by one.
+
+    Behind an interceptor gRPC keeps a task that waits for the next request; cancelling a call that
+    has ended already would leave it waiting for ever.
+    """
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.done_writing()
+    call.cancel()
 
 
 class Connection:

@@ -11,6 +11,7 @@ import grpc
 from protos.theseus.shim.v1 import streams_pb2 as pb
 from protos.theseus.shim.v1 import streams_pb2_grpc
 from services.common.errors import Unavailable
+from services.daemon.clients.connection import end_call
 from services.daemon.containers.runtime import (
     CloseInput,
     Finished,
@@ -59,7 +60,7 @@ class ContainerdStreams:
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
-                call.cancel()
+                await end_call(call)
         raise Unavailable("the attached stream ended early: containerd or the shim is restarting")
 
 

@@ -23,6 +23,7 @@ from protos.containerd.types.transfer import (
     streaming_pb2 as data_pb2,
 )
 from services.common.errors import Cancelled, TheseusError, Unavailable
+from services.daemon.clients.connection import end_call
 from services.daemon.images.node import TransferProgress
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class ContainerdTransfer:
                         raise Unavailable("containerd refused a stream: it is being restarted")
             yield call, identity
         finally:
-            call.cancel()
+            await end_call(call)
 
 
 async def _send(stream: Stream, archive: AsyncIterator[bytes]) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from services.common.database import Transaction
     from services.daemon.containers.below import Below
+    from services.daemon.containers.caretaker import Caretaker
     from services.daemon.containers.oci_runtimes import OciRuntimes
     from services.daemon.containers.remove import Remover
     from services.daemon.containers.runtime import RootMount
@@ -57,6 +58,7 @@ class Creator:
         runtimes: what can run them.
         host: facts of this machine.
         remover: takes half-made ones away.
+        caretaker: does so later, where that cannot be done at once.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Creator:
         runtimes: OciRuntimes,
         host: HostFacts,
         remover: Remover,
+        caretaker: Caretaker,
     ) -> None:
         self._below = below
         self._images = images
         self._runtimes = runtimes
         self._host = host
         self._remover = remover
+        self._caretaker = caretaker
 
     async def create(
         self, config: ContainerConfig, *, name: str = ""
@@ -108,6 +112,7 @@ class Creator:
                     created = await self._furnish(record)
                 except BaseException:
                     await self._remover.undo_create(record)
+                    self._caretaker.tend(record.id)  # what could not be undone yet
                     raise
         log.info("container created", container_id=created.id, name=created.name)
         return created, warnings

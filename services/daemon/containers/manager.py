@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import NotFound
+from services.common.errors import NotFound, TheseusError
 from services.daemon.containers.record import State
 from services.daemon.containers.signals import parse_signal
 from services.daemon.containers.stop import SIGKILL
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from services.daemon.containers.below import Below
+    from services.daemon.containers.caretaker import Caretaker
     from services.daemon.containers.create import Creator
     from services.daemon.containers.logfile import LogEntry
     from services.daemon.containers.logs import Logs, LogSelection
@@ -44,6 +45,7 @@ class ContainerManager:
         starter: Starter,
         stopper: Stopper,
         remover: Remover,
+        caretaker: Caretaker,
         waiter: Waiter,
         logs: Logs,
     ) -> None:
@@ -52,6 +54,7 @@ class ContainerManager:
         self._starter = starter
         self._stopper = stopper
         self._remover = remover
+        self._caretaker = caretaker
         self._waiter = waiter
         self._logs = logs
         self._uninterrupted = Uninterrupted()
@@ -130,4 +133,8 @@ class ContainerManager:
                 if self._below.store.tombstone(container_id) is None:
                     raise
                 return  # made to be removed at its end, and that was quicker
-            await self._remover.finish(record)
+            try:
+                await self._remover.finish(record)
+            except TheseusError:
+                self._caretaker.tend(container_id)  # it goes on in the background
+                raise

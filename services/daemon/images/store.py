@@ -65,6 +65,11 @@ class _Entry:
     image: Image
     names: tuple[str, ...]
 
+    @property
+    def tagged(self) -> tuple[str, ...]:
+        """The names that users know; an image that was loaded without one has none."""
+        return tuple(sorted(n for n in self.names if not n.startswith(_UNTAGGED_PREFIX)))
+
 
 class ImageStore:
     """The images of one namespace of containerd.
@@ -192,6 +197,10 @@ class ImageStore:
         fresh = [n for n in await self._names.list_all() if n.updated_at_ns >= began_at_ns]
         loaded = {name.name for name in fresh if not saved or name.name in saved}
         entries = [e for e in await self._catalog() if loaded.intersection(e.names)]
+        for entry in entries:
+            # containerd gives the archive's index a name of its own, whatever is in it.
+            for name in set(entry.names) - set(entry.tagged) if entry.tagged else ():
+                await self._names.delete(name, collect=False)
         log.info("archive loaded", images=[entry.image.id for entry in entries])
         return [await self._with_usage(entry) for entry in entries]
 
@@ -206,8 +215,10 @@ class ImageStore:
         entry, reference = await self._find(text)
         image = entry.image
         doomed = (reference,) if reference else entry.names
-        last = set(doomed) >= set(entry.names)
-        if not reference and len(entry.names) > 1 and not force:
+        last = set(doomed) >= set(entry.tagged)
+        if last:
+            doomed = entry.names
+        if not reference and len(entry.tagged) > 1 and not force:
             raise FailedPrecondition(
                 f"conflict: unable to delete {_short(image.id)} (must be forced) - image is "
                 "referenced in multiple repositories",
@@ -221,7 +232,7 @@ class ImageStore:
             self._known = {key: i for key, i in self._known.items() if i.id != image.id}
             self._usage.pop(image.id, None)
         log.info("image removed", references=doomed, image_id=image.id, last=last)
-        untagged = tuple(name for name in doomed if not name.startswith(_UNTAGGED_PREFIX))
+        untagged = tuple(name for name in doomed if name in entry.tagged)
         return RemovedImage(untagged, (image.id,) if last else ())
 
     def _check_unused(self, image: Image, text: str, *, force: bool) -> None:
@@ -358,10 +369,7 @@ class ImageStore:
         )
 
     async def _with_usage(self, entry: _Entry) -> Image:
-        image = dataclasses.replace(
-            entry.image,
-            references=tuple(sorted(n for n in entry.names if not n.startswith(_UNTAGGED_PREFIX))),
-        )
+        image = dataclasses.replace(entry.image, references=entry.tagged)
         if image.id not in self._usage:
             sizes = await asyncio.gather(*(self._snapshots.usage(key) for key in image.chain_ids))
             if not all(sizes):  # not unpacked, or not yet: ask again next time

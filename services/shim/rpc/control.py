@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
+from services.common import VERSION
 from services.common.errors import FailedPrecondition, TheseusError
-from services.shim.version import program_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             id=self._config.id,
             instance_id=self._config.instance_id,
             pid=os.getpid(),
-            version=program_version(),
+            version=VERSION,
             generation=0,
             runtime=await self._runtime(),
             epoch=self._registry.epoch,

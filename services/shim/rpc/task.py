@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from protos.containerd.task.v3 import shim_pb2, shim_pb2_grpc
 from protos.containerd.types.runc.options import oci_pb2
 from protos.containerd.types.task import task_pb2
+from services.common import VERSION
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.shim.container import parse_json_object
 from services.shim.mounts import Mount
@@ -23,7 +24,6 @@ from services.shim.rpc.stats import cgroup_metrics
 from services.shim.runtimes.runtime import RuntimeOptions
 from services.shim.stdio.uris import Stdio
 from services.shim.tasks import CreateRequest
-from services.shim.version import program_version
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -199,7 +199,7 @@ class TaskService(shim_pb2_grpc.TaskServicer):
         """Who the shim is; answers for a container that does not exist, too, as upstream."""
         found = [c.init.pid for c in self._tasks.all() if c.id == request.id]
         return shim_pb2.ConnectResponse(
-            shim_pid=os.getpid(), task_pid=found[0] if found else 0, version=program_version()
+            shim_pid=os.getpid(), task_pid=found[0] if found else 0, version=VERSION
         )
 
     async def Shutdown(

@@ -197,22 +197,31 @@ class Output:
             number += 1
         raise AssertionError("offset is not in memory")
 
-    async def piece_from_log(self, offset: int, limit: int) -> Piece | Gap:
-        """The piece at ``offset``, which is not in memory any more."""
+    async def piece_from_log(self, offset: int, limit: int, ahead: ReadAhead) -> Piece | Gap:
+        """The piece at ``offset``, which is not in memory any more.
+
+        Args:
+            offset: below :attr:`start`.
+            limit: most bytes wanted.
+            ahead: what the reader has got from the log already; more is put there.
+        """
         if self._log is None or self._extents is None:
             return Gap(offset, self.start)
         extent = self._extents.find(offset)
         if extent is None:
             return Gap(offset, min(self._extents.first_offset(self.start), self.start))
         length = min(extent.end or self.start, self.start) - offset
-        stream_offset = extent.stream_start + offset - extent.start
-        want = min(length, limit, PIECE_MAX_BYTES)
-        data, following = await asyncio.to_thread(
-            log_reader.read, self._log, extent.stream, stream_offset, want
-        )
-        if data:
-            return Piece(offset, extent.stream, data)
-        return Gap(offset, offset + max(1, min(length, following - stream_offset)))
+        at = extent.stream_start + offset - extent.start
+        data = ahead.take(extent.stream, at, min(length, limit))
+        if not data:
+            found, following = await asyncio.to_thread(
+                log_reader.read, self._log, extent.stream, at, PIECE_MAX_BYTES
+            )
+            if not found:
+                return Gap(offset, offset + max(1, min(length, following - at)))
+            ahead.keep(extent.stream, at, found)
+            data = found[: min(length, limit)]
+        return Piece(offset, extent.stream, data)
 
     def _add_chunk(self, stream: str, data: bytes) -> None:
         last = self._chunks[-1] if self._chunks else None
@@ -291,6 +300,26 @@ class Output:
                 callback()
 
 
+class ReadAhead:
+    """One stretch of each stream that was read from a log, for the pieces to come.
+
+    Streams that take turns at every line are found again in many small pieces, all of them in the
+    same stretches.
+    """
+
+    def __init__(self) -> None:
+        self._stretches: dict[str, tuple[int, bytes]] = {}
+
+    def keep(self, stream: str, offset: int, data: bytes) -> None:
+        """Keep ``data``, which begins at ``offset`` of a stream, instead of what was kept."""
+        self._stretches[stream] = (offset, data)
+
+    def take(self, stream: str, offset: int, limit: int) -> bytes:
+        """Bytes of a stream at ``offset``; empty when they are not here."""
+        start, data = self._stretches.get(stream, (0, b""))
+        return data[offset - start : offset - start + limit] if offset >= start else b""
+
+
 class OutputReader:
     """One attached reader: an offset that advances as it reads."""
 
@@ -299,6 +328,7 @@ class OutputReader:
         self._output = output
         self._until = until
         self._chunk_number = 0
+        self._ahead = ReadAhead()
         self._wake = asyncio.Event()
 
     async def read(self) -> Piece | Gap | None:
@@ -315,7 +345,7 @@ class OutputReader:
                 self.offset, self._chunk_number, limit
             )
         else:
-            found = await self._output.piece_from_log(self.offset, limit)
+            found = await self._output.piece_from_log(self.offset, limit, self._ahead)
         return found
 
     def advance(self, found: Piece | Gap) -> None:

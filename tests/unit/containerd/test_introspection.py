@@ -64,7 +64,14 @@ async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
         await meta.images.create("a", Image("x", Descriptor("t", "sha256:" + "a" * 64, 1)))
         await metrics.refresh(meta.db)
         metrics.observe_collection(Collection((Node("snapshots/overlayfs", "a", "k"),), 7, 0.1))
+    with metrics.timed_transfer("pull"):
+        pass
+    with pytest.raises(ZeroDivisionError), metrics.timed_transfer("pull"):
+        raise ZeroDivisionError
     page = render_registry(registry).decode()
+    for outcome in ("ok", "failed"):
+        sample = f'transfer_seconds_count{{kind="pull",outcome="{outcome}"}} 1.0'
+        assert f"theseus_containerd_{sample}" in page
     assert 'theseus_containerd_objects{kind="images"} 1.0' in page
     assert "theseus_containerd_journal_seq 1.0" in page
     assert 'theseus_containerd_gc_removed_total{kind="snapshots"} 1.0' in page

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.shim.stdio.json_file import (
@@ -68,6 +68,7 @@ def test_line_is_dockers_byte_for_byte():
     assert not formatted.lossy
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     raw=st.lists(
         st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"\xe2\x80\xa8", "é€😀".encode()])),
@@ -82,6 +83,7 @@ def test_escaping_is_what_go_does(raw):
     assert (back == raw) or formatted.lossy
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     lines=st.lists(
         st.tuples(
@@ -134,6 +136,7 @@ def test_what_is_no_log_line_is_none(line):
     assert parse_line(line) is None
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=200).map(lambda data: data.replace(b"\0", b"\n") + b"\n"))
 def test_nth_newline(data):
     for count in range(1, data.count(b"\n") + 1):

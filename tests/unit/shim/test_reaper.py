@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from services.common import linux
 from services.shim.reaper import Exit, Reaper, Window
 
 
@@ -15,16 +16,13 @@ async def reaper():
     reaper.start()
     yield reaper
     reaper.stop()
+    # The test process is nobody's shim.
+    linux._libc.prctl(linux.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def spawn(reaper, script, stdout=2):
-    null = os.open(os.devnull, os.O_RDWR)
-    try:
-        return reaper.spawn(
-            ["/bin/sh", "-c", script], stdin=null, stdout=stdout, stderr=2, environment={}
-        )
-    finally:
-        os.close(null)
+def spawn(reaper, script, stdin=0, stdout=2):
+    argv = ["/bin/sh", "-c", script]
+    return reaper.spawn(argv, stdin=stdin, stdout=stdout, stderr=2, environment={})
 
 
 @pytest.mark.parametrize(
@@ -46,12 +44,16 @@ async def test_program_that_is_missing_raises(reaper):
 
 async def test_orphan_that_ended_before_it_was_known_is_in_the_window(reaper):
     read, write = os.pipe()
+    gate, open_gate = os.pipe()
     with reaper.window() as window:
-        _, future = spawn(reaper, "sh -c 'exit 3' & echo $!", stdout=write)
+        script = "exec 4<&0; sh -c 'read x <&4; exit 3' & echo $!"
+        _, future = spawn(reaper, script, stdin=gate, stdout=write)
         os.close(write)
         await future
         orphan = int(os.read(read, 100))
-        os.close(read)
+        os.write(open_gate, b"\n")
+        for fd in (read, gate, open_gate):
+            os.close(fd)
         while os.path.exists(f"/proc/{orphan}"):
             await asyncio.sleep(0.001)
         ended = asyncio.get_running_loop().create_future()
@@ -62,11 +64,14 @@ async def test_orphan_that_ended_before_it_was_known_is_in_the_window(reaper):
 
 async def test_watched_orphan_is_told_and_others_are_counted(reaper):
     read, write = os.pipe()
-    _, future = spawn(reaper, "sleep 100 & echo $!; sh -c 'exit 1' & ", stdout=write)
+    gate, open_gate = os.pipe()
+    script = "exec 4<&0; sleep 100 & echo $!; sh -c 'read x <&4' &"
+    _, future = spawn(reaper, script, stdin=gate, stdout=write)
     os.close(write)
     await future
     orphan = int(os.read(read, 100))
-    os.close(read)
+    for fd in (read, gate, open_gate):
+        os.close(fd)
     ended = asyncio.get_running_loop().create_future()
     with reaper.window() as window:
         reaper.watch(orphan, ended.set_result, window)
