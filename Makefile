@@ -45,6 +45,8 @@ $(READY): pyproject.toml
 demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 seconds
 	@$(BIN)/python -m tools.sandbox $(BIN)/python -m tools.demo
 
+# The suite compares with containerd's own client and with skopeo.
+test: DEBIAN += containerd skopeo
 test: setup ## runs the whole suite; as root that includes real containers
 	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)
 

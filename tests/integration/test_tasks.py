@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,8 @@ class Node(TaskNode):
         for known in self.shims.all(NS):
             if known.process is not None and known.process.alive():
                 for process in await known.shim.pids() if known.shim else ():
-                    os.kill(process.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGKILL)
                 await self.tasks.wait(NS, known.id)
             await self.tasks.delete(NS, known.id)
         await super().close()
@@ -186,7 +188,10 @@ async def test_a_creation_that_the_runtime_refuses_leaves_nothing(node: Node) ->
 
 async def test_a_container_outlives_containerd_and_its_status_is_found(node: Node) -> None:
     for name, status in (("c1", 42), ("c2", 7)):
-        await node.create(name, "sh", "-c", f"cat; exit {status}", stdin="theseus-stream:")
+        stream = "theseus-stream:"
+        await node.create(
+            name, "sh", "-c", f"cat; exit {status}", stdin=stream, stdout=stream, stderr=stream
+        )
         await node.call("Start", name)
     await node.create("c3", "sleep", "1000")
     await node.call("Start", "c3")

@@ -468,7 +468,9 @@ class CountingCollector:
 async def test_requests_are_gathered_failures_tried_again_and_time_is_enough() -> None:
     collector = CountingCollector()
     observed: list[Collection] = []
-    schedule = GcSchedule(collector, delay_s=0.001, interval_s=60, observe=observed.append, retry_s=0.001)
+    schedule = GcSchedule(
+        collector, delay_s=0.001, interval_s=60, observe=observed.append, retry_s=0.001
+    )
     async with Background() as background:
         background.start(schedule.run(), name="gc")
         for _ in range(100):

@@ -1,0 +1,368 @@
+"""The task API over a real socket, with a runtime that fails on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+
+from protos.containerd.task.v2 import shim_pb2_grpc as v2_grpc
+from protos.containerd.task.v3 import shim_pb2
+from protos.containerd.types.task import task_pb2
+from services.common import errors
+from tests.fakes.registry_server import FakeRegistry
+from tests.fakes.runtime import install
+from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
+
+SLEEP = ("/bin/sleep", "1000")
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
+    yield factory
+    assert factory.stop() == 0
+
+
+@pytest.fixture
+async def maker(factory, tmp_path):
+    async with ShimMaker(factory, tmp_path) as maker:
+        yield maker
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return install(tmp_path / "fake")
+
+
+@pytest.fixture
+async def registry(maker):
+    registry = FakeRegistry(maker.registry_socket)
+    await registry.start()
+    yield registry
+    await registry.stop()
+
+
+async def running(maker, fake, *arguments, **create):
+    shim = await maker.start(maker.bundle(plain_spec(*(arguments or SLEEP))))
+    await shim.create(binary=fake.path, **create)
+    await shim.start()
+    return shim
+
+
+async def test_events_come_in_upstreams_order(maker, fake, registry):
+    shim = await running(maker, fake)
+    await shim.exec("e", ["/bin/sh", "-c", "exit 3"])
+    await shim.wait("e")
+    await shim.delete("e")
+    await shim.call("Pause", shim_pb2.PauseRequest(id=shim.id))
+    await shim.call("Resume", shim_pb2.ResumeRequest(id=shim.id))
+    await shim.kill()
+    await shim.wait()
+    await shim.delete()
+    await registry.wait_for_topic("/tasks/delete")
+    assert registry.topics() == [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/tasks/exit",
+        "/tasks/delete",
+    ]
+    create = registry.of("/tasks/create")[0].message
+    assert (create.container_id, create.bundle) == (shim.id, str(shim.bundle))
+    last = registry.of("/tasks/exit")[1].message
+    assert (last.id, last.exit_status) == (shim.id, 137)
+
+
+async def test_start_is_told_before_the_exit_of_a_process_that_ends_at_once(maker, fake, registry):
+    for _ in range(5):
+        shim = await running(maker, fake, "/bin/true")
+        await shim.wait()
+        await shim.exec_is_refused() if hasattr(shim, "exec_is_refused") else None
+    await registry.wait_for(lambda r: len(r.of("/tasks/exit")) == 5)
+    for event in registry.of("/tasks/exit"):
+        mine = [e.topic for e in registry.events if e.instance == event.instance]
+        assert mine == ["/tasks/create", "/tasks/start", "/tasks/exit"]
+
+
+async def test_second_name_of_the_api_serves_the_same(maker, fake):
+    shim = await running(maker, fake)
+    stub = v2_grpc.TaskStub(shim.channel)
+    answer = await stub.State(shim_pb2.StateRequest(id=shim.id), timeout=10)
+    assert answer.status == task_pb2.RUNNING
+    connected = await stub.Connect(shim_pb2.ConnectRequest(id=shim.id), timeout=10)
+    assert (connected.shim_pid, connected.task_pid) == (shim.pid, answer.pid)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("start", errors.FailedPrecondition),
+        ("delete", errors.FailedPrecondition),
+        ("create", errors.AlreadyExists),
+        ("Resume", errors.FailedPrecondition),
+        ("Checkpoint", errors.FailedPrecondition),
+        ("ResizePty", errors.FailedPrecondition),
+    ],
+)
+async def test_what_a_running_container_refuses(maker, fake, name, kind):
+    shim = await running(maker, fake)
+    requests = {
+        "Resume": shim_pb2.ResumeRequest(id=shim.id),
+        "Checkpoint": shim_pb2.CheckpointTaskRequest(id=shim.id),
+        "ResizePty": shim_pb2.ResizePtyRequest(id=shim.id, width=1, height=1),
+    }
+    with pytest.raises(kind) as caught:
+        if name in requests:
+            await shim.call(name, requests[name])
+        else:
+            await getattr(shim, name)()
+    assert shim.id in caught.value.message
+    assert (await shim.state()).status == task_pb2.RUNNING
+
+
+async def test_unknown_names_are_not_found(maker, fake):
+    shim = await running(maker, fake)
+    for call in (
+        shim.state("x"), shim.start("x"), shim.wait("x"), shim.kill(exec_id="x"), shim.delete("x"),
+        shim.call("Pids", shim_pb2.PidsRequest(id="other")),
+        shim.call("CloseIO", shim_pb2.CloseIORequest(id=shim.id, exec_id="x", stdin=True)),
+        shim.call("ResizePty", shim_pb2.ResizePtyRequest(id=shim.id, exec_id="x")),
+    ):  # fmt: skip
+        with pytest.raises(errors.NotFound):
+            await call
+
+
+async def test_exited_container_answers_until_it_is_deleted(maker, fake):
+    shim = await running(maker, fake, "/bin/sh", "-c", "exit 5")
+    await shim.wait()
+    state = await shim.state()
+    assert (state.status, state.exit_status) == (task_pb2.STOPPED, 5)
+    pids = await shim.call("Pids", shim_pb2.PidsRequest(id=shim.id))
+    assert [process.pid for process in pids.processes] == [state.pid]
+    with pytest.raises(errors.NotFound, match="process already finished"):
+        await shim.kill()
+    with pytest.raises(errors.FailedPrecondition):
+        await shim.exec("e", ["/bin/true"])
+    with pytest.raises(errors.NotFound):
+        await shim.call("Stats", shim_pb2.StatsRequest(id=shim.id))
+    assert (await shim.delete()).exit_status == 5
+    with pytest.raises(errors.NotFound):
+        await shim.state()
+
+
+async def test_exit_record_holds_what_is_known(maker, fake):
+    shim = await running(maker, fake, "/bin/sh", "-c", "kill -TERM $$")
+    assert (await shim.wait()).exit_status == 143
+    fields = json.loads((shim.bundle / "spool" / "3").read_text())["fields"]
+    assert (fields["exit_status"], fields["signal"], fields["oom_killed"]) == (143, 15, False)
+    assert set(fields["usage"]) == {"user_us", "system_us", "max_rss_bytes"}
+    process = json.loads((shim.bundle / "state.json").read_text())["containers"][0]["processes"][0]
+    assert (process["status"], process["exit_status"]) == ("stopped", 143)
+
+
+async def test_exec_ids_are_unique_and_specs_are_checked(maker, fake):
+    shim = await running(maker, fake)
+    await shim.exec("e", ["/bin/sleep", "1000"])
+    with pytest.raises(errors.AlreadyExists):
+        await shim.exec("e", ["/bin/true"])
+    for exec_id in ("", "a/b", "..", "x" * 200):
+        with pytest.raises(errors.InvalidArgument):
+            await shim.exec(exec_id, ["/bin/true"])
+    for value in (b"", b"[]", b"\xff"):
+        request = shim_pb2.ExecProcessRequest(
+            id=shim.id, exec_id="bad", spec=any_pb2.Any(value=value)
+        )
+        with pytest.raises(errors.InvalidArgument):
+            await shim.call("Exec", request)
+    with pytest.raises(errors.FailedPrecondition):
+        await shim.delete("e")
+    await shim.kill(exec_id="e")
+    assert (await shim.wait("e")).exit_status == 137
+    await shim.delete("e")
+    await shim.exec("e", ["/bin/true"])  # the name is free again
+
+
+async def test_execs_run_side_by_side_and_end_before_init_is_told(maker, fake, registry):
+    shim = await running(maker, fake)
+    await asyncio.gather(*(shim.exec(f"e{n}", ["/bin/sleep", "1000"]) for n in range(4)))
+    pids = {(await shim.state(f"e{n}")).pid for n in range(4)}
+    assert len(pids) == 4
+    await shim.kill()
+    # The fake has no pid namespace: what the kernel would do is done here.
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    await shim.wait()
+    await registry.wait_for(lambda r: len(r.of("/tasks/exit")) == 5)
+    assert registry.of("/tasks/exit")[-1].message.id == shim.id
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ({"message": "no cgroup for you"}, errors.FailedPrecondition, "no cgroup for you"),
+        ({"die": 11, "message": "tail"}, errors.Internal, "signal 11; its last words: tail"),
+        ({"hang": True}, errors.Internal, "did not answer in time"),
+        ({"garbage": 100_000}, errors.FailedPrecondition, "exited with 1"),
+        ({"lie": "no-pid"}, errors.Internal, "without writing"),
+        ({"lie": "bad-pid"}, errors.Internal, "wrote no process id"),
+        (
+            {"message": 'exec: "x": executable file not found in $PATH'},
+            errors.InvalidArgument,
+            "not found",
+        ),
+    ],
+)
+async def test_create_that_fails_leaves_nothing_and_can_be_repeated(
+    maker, fake, registry, fault, kind, words
+):
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)), runtime_timeout_s=1.5)
+    fake.fail("create", **fault)
+    open_files = len(os.listdir(f"/proc/{shim.pid}/fd"))
+    with pytest.raises(kind, match=words):
+        await shim.create(binary=fake.path, stdout="theseus-stream:", stdin="theseus-stream:")
+    assert len(os.listdir(f"/proc/{shim.pid}/fd")) <= open_files + 1  # the connection to it
+    assert registry.topics() == []
+    with pytest.raises(errors.NotFound):
+        await shim.state()
+    fake.heal("create")
+    await shim.create(binary=fake.path)
+    await shim.start()
+    assert (await shim.state()).status == task_pb2.RUNNING
+
+
+async def test_start_that_fails_leaves_the_container_created(maker, fake):
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    await shim.create(binary=fake.path)
+    fake.fail("start", message="not today")
+    with pytest.raises(errors.FailedPrecondition, match="not today"):
+        await shim.start()
+    assert (await shim.state()).status == task_pb2.CREATED
+    fake.heal("start")
+    await shim.start()
+    assert (await shim.state()).status == task_pb2.RUNNING
+
+
+async def test_exec_that_fails_can_be_started_again_or_deleted(maker, fake):
+    shim = await running(maker, fake)
+    fake.fail("exec", message="exec failed: permission denied")
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await shim.exec("e", ["/bin/true"], stdout="theseus-stream:")
+    assert caught.value.reason == "COMMAND_NOT_EXECUTABLE"
+    assert (await shim.state("e")).status == task_pb2.CREATED
+    waiting = asyncio.create_task(shim.wait("e"))
+    fake.heal("exec")
+    await shim.start("e")
+    assert (await waiting).exit_status == 0
+    with pytest.raises(errors.FailedPrecondition):
+        await shim.start("e")
+    assert not list(shim.bundle.glob("exec-*"))
+
+
+async def test_pause_that_fails_changes_nothing(maker, fake):
+    shim = await running(maker, fake)
+    fake.fail("pause", message="frozen solid")
+    with pytest.raises(errors.FailedPrecondition, match="frozen solid"):
+        await shim.call("Pause", shim_pb2.PauseRequest(id=shim.id))
+    assert (await shim.state()).status == task_pb2.RUNNING
+
+
+async def test_delete_repeats_what_failed_after_the_exit(maker, fake, registry):
+    shim = await running(maker, fake, "/bin/sh", "-c", "read x; exit 6", stdin="theseus-stream:")
+    fake.fail("delete", message="busy")
+    async with shim.attach(input=True) as attached:
+        await attached.write(0, b"\n")
+        assert (await shim.wait()).exit_status == 6  # told all the same
+    with pytest.raises(errors.FailedPrecondition, match="busy"):
+        await shim.delete()
+    assert (await shim.state()).status == task_pb2.STOPPED
+    fake.heal("delete")
+    assert (await shim.delete()).exit_status == 6
+    await registry.wait_for_topic("/tasks/delete")
+
+
+async def test_client_that_gives_up_leaves_no_half_created_container(maker, fake):
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    await shim.create(binary=fake.path)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await shim.task.Start(shim_pb2.StartRequest(id=shim.id), timeout=0.001)
+
+    async with asyncio.timeout(10):
+        while (await shim.state()).status != task_pb2.RUNNING:
+            await asyncio.sleep(0.01)
+
+
+async def test_update_hands_the_resources_to_the_runtime(maker, fake):
+    shim = await running(maker, fake)
+    request = shim_pb2.UpdateTaskRequest(id=shim.id, resources=any_pb2.Any(value=b'{"pids":{}}'))
+    await shim.call("Update", request)
+    assert fake.calls()[-1][0] == "update"
+    request.resources.value = b"no json"
+    with pytest.raises(errors.InvalidArgument):
+        await shim.call("Update", request)
+
+
+async def test_bundle_that_is_not_there_or_has_no_spec_is_told(maker, fake):
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    (shim.bundle / "config.json").unlink()
+    with pytest.raises(errors.FailedPrecondition, match=r"config\.json"):
+        await shim.create(binary=fake.path)
+    for options in (
+        any_pb2.Any(type_url="containerd.runc.v1.Options", value=b"\xff\xff"),
+        any_pb2.Any(type_url="other.Options", value=b""),
+    ):
+        with pytest.raises(errors.InvalidArgument):
+            await shim.create(options=options)
+    with pytest.raises(errors.InvalidArgument, match="neither a program's name"):
+        await shim.create(binary="../evil")
+
+
+@pytest.mark.parametrize(
+    ("streams", "kind"),
+    [
+        ({"stdout": "ftp://x/y"}, errors.InvalidArgument),
+        ({"stdin": "file:///x"}, errors.InvalidArgument),
+        ({"stdin": "/no/such/fifo"}, errors.FailedPrecondition),
+        ({"stdout": "/no/such/fifo"}, errors.FailedPrecondition),
+        ({"stdout": "theseus-log:///dev/null/x"}, errors.FailedPrecondition),
+        ({"stdout": "binary:///no/such/logger"}, errors.FailedPrecondition),
+    ],
+)
+async def test_streams_that_cannot_be_opened_are_told_before_anything_runs(
+    maker, fake, streams, kind
+):
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    with pytest.raises(kind) as caught:
+        await shim.create(binary=fake.path, **streams)
+    assert caught.value.message
+    assert fake.calls() == []
+
+
+async def test_orphans_are_reaped_and_counted(maker, fake):
+    shim = await running(maker, fake, "/bin/sh", "-c", "(sleep 0.01 &) ; sleep 1000")
+
+    async with asyncio.timeout(10):
+        while "theseus_shim_zombies_reaped 1.0" not in await shim.metrics():
+            await asyncio.sleep(0.01)
+
+
+async def test_deleted_bundle_does_not_stop_a_shim_from_ending(maker, fake):
+    shim = await running(maker, fake, "/bin/true")
+    await shim.wait()
+    for path in sorted(shim.bundle.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    shim.bundle.rmdir()
+    await shim.delete()
+    await shim.shutdown(now=True)
+    await shim.ended()
+    assert not Path(shim.request["socket"]).exists()
