@@ -134,10 +134,17 @@ def _leave_cgroup(directory: Path) -> None:
 
 def _mount_cgroups() -> None:
     hierarchies = _hierarchies()
-    for target, fstype, options in reversed(hierarchies):
+    for target, _, _ in reversed(hierarchies):
         linux.umount(target, linux.MNT_DETACH)
-        if fstype == "cgroup" or target == CGROUP_ROOT:
-            linux.mount("cgroup", target, fstype=fstype, data=options if fstype == "cgroup" else "")
+    if not any(target == CGROUP_ROOT for target, _, _ in hierarchies):
+        # A fresh directory of hierarchies: crun makes plain directories where it misses cgroup2's.
+        linux.mount("tmpfs", CGROUP_ROOT, fstype="tmpfs", data="mode=755")
+    for target, fstype, options in hierarchies:
+        if fstype == "cgroup":
+            target.mkdir()
+            linux.mount("cgroup", target, fstype=fstype, data=options)
+        elif target == CGROUP_ROOT:
+            linux.mount("cgroup", target, fstype=fstype)
 
 
 if __name__ == "__main__":

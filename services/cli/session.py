@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Attach = grpc.aio.StreamStreamMultiCallable[pb.AttachRequest, pb.AttachResponse]
 
+_OVER = -1
 _DESCRIPTORS = {pb.STREAM_KIND_STDOUT: 1, pb.STREAM_KIND_STDERR: 2}
 
 
@@ -49,7 +50,7 @@ class Session:
         self._offset = start.offset
         self._changed = asyncio.Event()
         self._input = Input(self._changed.set) if interactive else None
-        self._running = asyncio.Event()
+        self._running = False
         self._size = (0, 0)
         self._relaying: asyncio.Task[None] | None = None
         self._attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,10 +68,11 @@ class Session:
 
     def started(self, *, detachable: bool = False) -> None:
         """The process runs: it may have input and a size from now on."""
-        if self._input is not None and not self._running.is_set():
+        if self._input is not None and not self._running:
             keys = terminal.DetachFilter(self.detached.set) if detachable else bytes
             self._input.read_from(0, keys)
-        self._running.set()
+        self._running = True
+        self._changed.set()
 
     def resize(self) -> None:
         """Tell the process the size that our terminal has now."""
@@ -111,7 +113,8 @@ class Session:
 
     async def _relay_once(self, patience: Patience) -> bool:
         input_offset: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        call = self._attach(self._requests(input_offset), timeout=LONG_DEADLINE_S)
+        over = asyncio.Event()
+        call = self._attach(self._requests(input_offset, over), timeout=LONG_DEADLINE_S)
         try:
             async for response in call:
                 patience.reset()
@@ -130,7 +133,11 @@ class Session:
             return False
         finally:
             call.cancel()
-            input_offset.cancel()
+            # gRPC forgets whoever makes its requests; let that one end by itself.
+            if not input_offset.done():
+                input_offset.set_result(_OVER)
+            over.set()
+            self._changed.set()
 
     def _begin(self, started: pb.AttachStarted) -> None:
         if self._start.from_end:
@@ -152,17 +159,20 @@ class Session:
             await asyncio.to_thread(_write_all, _DESCRIPTORS.get(output.stream, 1), data)
             self._offset = output.offset + len(output.data)
 
-    async def _requests(self, input_offset: asyncio.Future[int]) -> AsyncIterator[pb.AttachRequest]:
+    async def _requests(
+        self, input_offset: asyncio.Future[int], over: asyncio.Event
+    ) -> AsyncIterator[pb.AttachRequest]:
         start = pb.AttachStart()
         start.CopyFrom(self._start)
         start.offset = self._offset
         yield pb.AttachRequest(start=start)
         position = await input_offset
-        await self._running.wait()
         sent_size, closed = (0, 0), False
-        while True:
+        while position != _OVER and not over.is_set():
             self._changed.clear()
-            if self._size != sent_size:
+            if not self._running:
+                await self._changed.wait()
+            elif self._size != sent_size:
                 sent_size = self._size
                 width, height = sent_size
                 yield pb.AttachRequest(resize=pb.AttachResize(width=width, height=height))

@@ -8,6 +8,7 @@ What cannot be entered is left out: a shim works anywhere.
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import structlog
@@ -16,6 +17,8 @@ log = structlog.get_logger(__name__)
 
 ROOT = Path("/sys/fs/cgroup")
 PATH = "theseus/shims"
+_LEAVE_ATTEMPTS = 20
+_LEAVE_PAUSE_S = 0.05
 _CPUSET_FILES = ("cpuset.cpus", "cpuset.mems")
 
 
@@ -45,12 +48,19 @@ class Home:
             self._left.append((origin, shims))
 
     def leave(self) -> None:
-        """Move back, and remove the shims' cgroup where no shim is left."""
-        for origin, shims in self._left:
+        """Move back, and remove the shims' cgroup where no shim is left. Blocks, about a second.
+
+        Shims that were told to end may take a moment for it; those that go on keep the cgroup.
+        """
+        for origin, _ in self._left:
             with contextlib.suppress(OSError):
                 (origin / "cgroup.procs").write_text("0")
-                shims.rmdir()
-                shims.parent.rmdir()
+        waiting = [shims for _, shims in self._left]
+        for _ in range(_LEAVE_ATTEMPTS):
+            waiting = [shims for shims in waiting if not _remove(shims)]
+            if not waiting:
+                break
+            time.sleep(_LEAVE_PAUSE_S)
         self._left.clear()
 
     def _hierarchy(self, names: str) -> Path:
@@ -68,3 +78,15 @@ def _make(directory: Path) -> None:
             file = path / name
             if file.exists() and not file.read_text().strip():
                 file.write_text((path.parent / name).read_text())
+
+
+def _remove(shims: Path) -> bool:
+    try:
+        shims.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        shims.parent.rmdir()
+    return True

@@ -54,9 +54,9 @@ async def test_shim_is_detached_from_the_factory(maker, factory):
     shim = await maker.start(maker.bundle(plain_spec("/bin/true")))
     assert os.getsid(shim.pid) == shim.pid
     assert Path(f"/proc/{shim.pid}/comm").read_text().strip() == "theseus-shim"
-    targets = {os.readlink(f"/proc/{shim.pid}/fd/{fd}") for fd in range(3)}
+    targets = {str(Path(f"/proc/{shim.pid}/fd/{fd}").readlink()) for fd in range(3)}
     assert targets == {"/dev/null", str(shim.bundle / "shim.log")}
-    open_files = {os.readlink(entry) for entry in Path(f"/proc/{shim.pid}/fd").iterdir()}
+    open_files = {str(entry.readlink()) for entry in Path(f"/proc/{shim.pid}/fd").iterdir()}
     assert not any("factory" in name for name in open_files)
     assert factory.stop() == 0
     assert not factory.socket.exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import registry_server
+from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.runtime import install
 from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
@@ -43,12 +44,6 @@ async def run_to_the_end(shim, fake):
     await shim.create(binary=fake.path)
     await shim.start()
     return (await shim.wait()).exit_status
-
-
-async def until(condition):
-    async with asyncio.timeout(10):
-        while not await condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_hello_says_everything(maker, fake):
@@ -98,7 +93,7 @@ async def test_exit_while_containerd_is_away_is_told_when_it_returns(maker, fake
     assert (await returned.wait_for_topic("/tasks/exit")).exit_status == 42
     assert [event.seq for event in returned.events] == [1, 2, 3]
     assert returned.raw_count == 1  # what was acknowledged is not sent again
-    await until(lambda: info_says(shim, epoch=2, registered=True))
+    await eventually(lambda: info_says(shim, epoch=2, registered=True))
     await returned.stop()
 
 
@@ -122,10 +117,7 @@ async def test_what_is_not_acknowledged_stays_and_is_sent_again(maker, fake):
     assert [event.seq for event in returned.events] == [1, 2, 3]
     assert returned.hellos[0].first_seq == 1
 
-    async def cleared():
-        return spool(shim) == [3]
-
-    await until(cleared)
+    await eventually(lambda: spool(shim) == [3])
     await shim.delete()
     await returned.wait_for_topic("/tasks/delete")
     assert [event.seq for event in returned.events] == [1, 2, 3, 4]
@@ -228,10 +220,10 @@ async def test_sigkill_of_containerd_loses_and_doubles_nothing(maker, fake, tmp_
         await containerd.start()
     await running
 
-    async def all_told():
-        return len([e for e in containerd.journaled() if e["topic"] == "/tasks/exit"]) == 6
+    def exits():
+        return [e for e in containerd.journaled() if e["topic"] == "/tasks/exit"]
 
-    await until(all_told)
+    await eventually(lambda: len(exits()) == 6)
     await containerd.kill()
     told = containerd.journaled()
     for code, shim in enumerate(shims):

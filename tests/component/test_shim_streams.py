@@ -11,6 +11,7 @@ import pytest
 from protos.containerd.task.v3 import shim_pb2
 from protos.theseus.shim.v1 import control_pb2, streams_pb2
 from services.common import errors
+from tests.fakes.eventually import eventually
 from tests.fakes.runtime import install
 from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
 
@@ -228,10 +229,8 @@ async def test_logger_program_gets_pipes_and_names(maker, fake, tmp_path):
     )
     await shim.wait()
     await shim.delete()
-
-    async with asyncio.timeout(10):
-        while not (base.with_suffix(".err").exists() and base.with_suffix(".err").read_text()):
-            await asyncio.sleep(0.01)
+    err = base.with_suffix(".err")
+    await eventually(lambda: err.exists() and err.read_text())
     assert base.with_suffix(".names").read_text() == f"{shim.id} test file {base}\n"
     assert base.with_suffix(".out").read_text() == "out\n"
     assert base.with_suffix(".err").read_text() == "err\n"
@@ -245,13 +244,9 @@ async def test_moved_log_is_reopened(maker, fake, tmp_path):
     )  # fmt: skip
     async with shim.attach(input=True, output=True) as attached:
         await attached.read_until(b"before\n")
-        async with asyncio.timeout(10):
-            while not log.read_text():
-                await asyncio.sleep(0.005)
+        await eventually(log.read_text)
         log.rename(tmp_path / "moved.log")
-        await shim.control.ReopenLog(
-            control_pb2.ReopenLogRequest(container_id=shim.id), timeout=10
-        )
+        await shim.control.ReopenLog(control_pb2.ReopenLogRequest(container_id=shim.id), timeout=10)
         await attached.write(0, b"\n")
         await shim.wait()
     assert [line["log"] for line in log_lines(tmp_path / "moved.log")] == ["before\n"]

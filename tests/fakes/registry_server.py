@@ -139,9 +139,7 @@ async def main(socket, journal, epoch):
     if registry.journal.exists():
         for line in registry.journal.read_text().splitlines():
             entry = json.loads(line)
-            registry.events.append(
-                Received(entry["instance"], entry["seq"], entry["topic"], None)
-            )
+            registry.events.append(Received(entry["instance"], entry["seq"], entry["topic"], None))
     await registry.start()
     sys.stdout.write("serving\n")
     sys.stdout.flush()

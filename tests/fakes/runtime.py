@@ -1,8 +1,9 @@
 """A fake OCI runtime: an executable with runc's command line that runs plain processes.
 
-``install(directory)`` writes the executable and returns a :class:`FakeRuntime`, which makes commands
-fail on demand and tells which were called. A "container" is a process on the host: ``create`` forks
-it, it waits on a FIFO as runc's init does, ``start`` lets it execute the spec's arguments.
+``install(directory)`` writes the executable and returns a :class:`FakeRuntime`, which makes
+commands fail on demand and tells which were called. A "container" is a process on the host:
+``create`` forks it, it waits on a FIFO as runc's init does, ``start`` lets it execute the spec's
+arguments.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main(arguments, directory):
         return 0
     flags, arguments = parse_global(arguments)
     command, *rest = arguments
-    with open(os.path.join(directory, "calls"), "a") as calls:
+    with (Path(directory) / "calls").open("a") as calls:
         calls.write(json.dumps([command, *rest]) + "\n")
     try:
         fault = load_fault(directory, command)
@@ -119,8 +120,7 @@ def parse_options(rest):
 
 def load_fault(directory, command):
     try:
-        with open(os.path.join(directory, f"fault-{command}.json")) as file:
-            return json.load(file)
+        return json.loads((Path(directory) / f"fault-{command}.json").read_text())
     except FileNotFoundError:
         return None
 
@@ -140,7 +140,7 @@ def inject(fault, log_file):
 
 
 def log(path, message):
-    with open(path, "a") as file:
+    with Path(path).open("a") as file:
         file.write(json.dumps({"level": "error", "msg": message, "time": "x"}) + "\n")
 
 
@@ -180,7 +180,7 @@ def spawn(process, options, gate=None):
 
 
 def check_command(command):
-    if "/" in command and not os.path.exists(command):
+    if "/" in command and not Path(command).exists():
         raise Failure(
             "runc create failed: unable to start container process: "
             f'exec: "{command}": stat {command}: no such file or directory'

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -170,8 +170,11 @@ class RunningShim:
             loop.remove_reader(self.pidfd)
 
     async def close(self) -> None:
-        """Let go of it; it is killed if it is still there."""
+        """Let go of it; it and all below it are killed if they are still there."""
         await self.channel.close()
+        for pid in descendants(self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -179,6 +182,16 @@ class RunningShim:
         else:
             await self.ended()
         os.close(self.pidfd)
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of all below a process."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 class Attachment:
@@ -220,9 +233,7 @@ class Attachment:
 
     async def resize(self, width, height):
         """Send a size."""
-        request = streams_pb2.AttachRequest(
-            resize=streams_pb2.Resize(width=width, height=height)
-        )
+        request = streams_pb2.AttachRequest(resize=streams_pb2.Resize(width=width, height=height))
         await self._call.write(request)
 
     async def read_until(self, text: bytes) -> bytes:
@@ -235,15 +246,14 @@ class Attachment:
 
     async def _read(self):
         response = await self._call.read()
-        if response is grpc.aio.EOF:
-            # A failed call says why only here.
-            if await self._call.code() is not grpc.StatusCode.OK:
-                raise grpc.aio.AioRpcError(
-                    await self._call.code(),
-                    await self._call.initial_metadata(),
-                    await self._call.trailing_metadata(),
-                    details=await self._call.details(),
-                )
+        # A failed call says why only at its end.
+        if response is grpc.aio.EOF and await self._call.code() is not grpc.StatusCode.OK:
+            raise grpc.aio.AioRpcError(
+                await self._call.code(),
+                await self._call.initial_metadata(),
+                await self._call.trailing_metadata(),
+                details=await self._call.details(),
+            )
         return response
 
 

@@ -21,7 +21,7 @@ def test_a_command_that_cannot_be_executed_is_126(theseus, runtime):
     with theseus.leaves_nothing():
         result = theseus.run("--runtime", runtime, "--", "/etc/passwd")
     assert result.code == 126
-    assert "/etc/passwd" in result.err
+    assert "denied" in result.err
 
 
 def test_a_directory_is_126(theseus, runtime):

@@ -111,7 +111,7 @@ class Node:
                 },
             ],
             "linux": {
-                "cgroupsPath": f"/theseus-test/{self.directory.name}",
+                "cgroupsPath": f"/theseus-test-{self.directory.name}",
                 "namespaces": [{"type": kind} for kind in kinds],
                 "resources": {"devices": [{"allow": True, "access": "rwm"}]},
             },
@@ -184,7 +184,7 @@ async def test_container_runs_from_create_to_shutdown(node):
     await shim.shutdown()
     await shim.ended()
     assert not Path(shim.request["socket"]).exists()
-    assert not list(Path("/sys/fs/cgroup").glob(f"*/theseus-test/{node.directory.name}"))
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/theseus-test-{node.directory.name}"))
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,7 @@ async def test_terminal_is_attached_written_and_resized(node):
 
 
 async def test_input_is_written_once_and_ends(node):
-    shim = await node.shim(
-        "cat", create={"stdin": "theseus-stream:", "stdout": "theseus-stream:"}
-    )
+    shim = await node.shim("cat", create={"stdin": "theseus-stream:", "stdout": "theseus-stream:"})
     await shim.start()
     async with shim.attach(output=True, input=True) as attached:
         await attached.write(0, b"hello ")
@@ -473,7 +471,7 @@ async def test_stream_waits_for_its_reader(node):
 
 async def test_missing_runtime_and_failing_mount_leave_nothing(node):
     shim = await node.shim("true")
-    with pytest.raises(errors.FailedPrecondition, match="no-such-runtime.*not installed"):
+    with pytest.raises(errors.FailedPrecondition, match=r"no-such-runtime.*not installed"):
         await shim.create(binary="no-such-runtime", rootfs=node.mounts())
     bad = [
         *node.mounts(),

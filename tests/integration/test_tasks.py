@@ -120,6 +120,7 @@ class Node(TaskNode):
             "Delete": pb.DeleteTaskRequest,
             "Get": pb.GetRequest,
             "Kill": pb.KillRequest,
+            "Pause": pb.PauseTaskRequest,
             "ListPids": pb.ListPidsRequest,
             "Exec": pb.ExecProcessRequest,
         }
@@ -165,17 +166,16 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     await node.close()
 
 
-async def test_a_real_container_from_create_to_delete(node: Node) -> None:
-    out = node.root / "out"
-    pid = await node.create(
-        "c1", "sh", "-c", "echo hello; exit 42", stdout=f"file://{out}", stderr=f"file://{out}"
-    )
+async def test_a_real_container_from_create_to_delete(node: Node, runtime: str) -> None:
+    out = f"file://{node.root}/out"
+    command = ("sh", "-c", "echo hello; exit 42")
+    pid = await node.create("c1", *command, runtime=runtime, stdout=out, stderr=out)
     assert (await node.call("Get", "c1")).process.status == task_pb2.CREATED
     assert (await node.call("Start", "c1")).pid == pid
     assert (await node.call("Wait", "c1")).exit_status == 42
     assert (await node.call("Get", "c1")).process.status == task_pb2.STOPPED
     assert (await node.call("Delete", "c1")).exit_status == 42
-    assert out.read_text() == "hello\n"
+    assert (node.root / "out").read_text() == "hello\n"
     assert await node.topics() == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
     node.assert_clean()
 
@@ -252,6 +252,16 @@ async def test_a_dead_shim_is_buried_with_true_statuses(node: Node, running: boo
     assert not Path(f"/proc/{init}").exists()
     assert (await node.call("Delete", "c1")).exit_status == expected
     assert (await node.topics()).count("/tasks/exit") == 1
+    node.assert_clean()
+
+
+async def test_a_frozen_container_is_buried_as_well(node: Node, runtime: str) -> None:
+    await node.create("c1", "sleep", "1000", runtime=runtime)
+    await node.call("Start", "c1")
+    await node.call("Pause", "c1")
+    os.kill(node.shim_pid("c1"), signal.SIGKILL)
+    assert (await node.call("Wait", "c1")).exit_status == 137
+    assert (await node.call("Delete", "c1")).exit_status == 137
     node.assert_clean()
 
 

@@ -90,9 +90,17 @@ def read_remains(bundle: Bundle) -> Remains | None:
 
 async def delete_container(remains: Remains, container_id: str) -> None:
     """Have the runtime kill what is left of a container and remove its cgroup. Never raises."""
-    if not remains.runtime:
-        return
-    argv = (*remains.runtime, "delete", "--force", container_id)
+    if remains.runtime:
+        await _run((*remains.runtime, "delete", "--force", container_id), container_id)
+
+
+async def thaw_container(remains: Remains, container_id: str) -> None:
+    """Have the runtime thaw a container: frozen by cgroup v1, it does not die. Never raises."""
+    if remains.runtime:
+        await _run((*remains.runtime, "resume", container_id), container_id)
+
+
+async def _run(argv: tuple[str, ...], container_id: str) -> None:
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -101,7 +109,7 @@ async def delete_container(remains: Remains, container_id: str) -> None:
             stderr=asyncio.subprocess.STDOUT,
         )
     except OSError as error:
-        log.error("runtime cannot clean up", runtime=argv[0], reason=error.strerror)
+        log.error("runtime cannot be run", runtime=argv[0], reason=error.strerror)
         return
     try:
         async with asyncio.timeout(_RUNTIME_TIMEOUT_S):
@@ -109,11 +117,11 @@ async def delete_container(remains: Remains, container_id: str) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-        log.error("runtime does not end", runtime=argv[0], container=container_id)
+        log.error("runtime does not end", argv=argv, container=container_id)
         return
     if process.returncode:
         text = output[-_OUTPUT_MAX:].decode(errors="replace").strip()
-        log.warning("runtime could not clean up", container=container_id, output=text)
+        log.warning("runtime failed", argv=argv, container=container_id, output=text)
 
 
 def _process(entry: dict[str, Any], cgroups: tuple[str, ...]) -> RemainingProcess:

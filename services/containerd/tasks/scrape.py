@@ -16,42 +16,44 @@ if TYPE_CHECKING:
 
     from services.containerd.tasks.shim import Shim
 
+_ASKED_AT_ONCE = 64
 _SUFFIXES = ("_bucket", "_sum", "_count", "_created", "_total")
 
 
-async def scrape(shims: Sequence[tuple[str, str, Shim]], *, timeout_s: float) -> tuple[bytes, int]:
-    """Ask all shims at once, and take what comes in time.
+async def scrape(
+    shims: Sequence[tuple[str, str, Shim]], *, timeout_s: float, each_s: float = 0.25
+) -> tuple[bytes, int]:
+    """Ask all shims, many at a time, and take what comes in time.
 
     Args:
         shims: (namespace, id, shim) of each.
         timeout_s: for all of them together.
+        each_s: for one of them, so that some that are stuck do not keep the others waiting.
 
     Returns:
         The merged page, and how many did not answer.
     """
-    asked = {
-        asyncio.ensure_future(shim.metrics()): (namespace, identity)
-        for namespace, identity, shim in shims
-    }
-    if not asked:
+    turns = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+    async def ask(namespace: str, identity: str, shim: Shim) -> tuple[str, str, bytes] | None:
+        async with turns:
+            try:
+                async with asyncio.timeout(each_s):
+                    return namespace, identity, await shim.metrics()
+            except (TheseusError, TimeoutError):
+                return None
+
+    calls = [asyncio.ensure_future(ask(*shim)) for shim in shims]
+    if not calls:
         return b"", 0
     try:
-        done, late = await asyncio.wait(asked, timeout=timeout_s)
+        done, late = await asyncio.wait(calls, timeout=timeout_s)
     finally:
-        for call in asked:
+        for call in calls:
             call.cancel()
     await asyncio.gather(*late, return_exceptions=True)
-    pages = []
-    unanswered = len(late)
-    for call in done:
-        error = call.exception()
-        if error is None:
-            pages.append((*asked[call], call.result()))
-        elif isinstance(error, TheseusError):
-            unanswered += 1
-        else:
-            raise error
-    return await asyncio.to_thread(merge, sorted(pages)), unanswered
+    pages = [page for call in done if (page := call.result()) is not None]
+    return await asyncio.to_thread(merge, sorted(pages)), len(shims) - len(pages)
 
 
 def merge(pages: Iterable[tuple[str, str, bytes]]) -> bytes:

@@ -220,7 +220,7 @@ class ShimManager:
             known.turn(Standing.REMOVED)
             return True
 
-    async def scrape(self, *, timeout_s: float = 0.5) -> bytes:
+    async def scrape(self, *, timeout_s: float = 0.8) -> bytes:
         """The metrics of all shims in one page; those that do not answer in time are counted."""
         standing = dict.fromkeys(Standing, 0)
         for known in self._shims.values():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -34,16 +35,23 @@ from services.containerd.tasks.remains import (
     delete_container,
     read_remains,
     read_spool,
+    thaw_container,
 )
 from services.containerd.tasks.shim import ProcessExit
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.shim import Shim
 
+    Thaw = Callable[[], Awaitable[None]]
+    """Lets a frozen container go on, as it cannot die otherwise."""
+
 log = structlog.get_logger(__name__)
 
+_FROZEN_S = 0.5
 _KILL_S = 5.0
 _REAP_S = 2.0
 _REAP_POLL_S = 0.01
@@ -86,7 +94,8 @@ class Undertaker:
             for exec_id, process in remains.processes.items()
             if exec_id not in journaled and process.pid  # without a pid it was never started
         ]
-        words |= await self._end_processes(known, untold, reason, kill=same_boot)
+        thaw = partial(thaw_container, remains, known.id)
+        words |= await self._end_processes(known, untold, reason, thaw if same_boot else None)
         known.exits |= {exec_id: w.exit for exec_id, w in words.items() if w.exit is not None}
         await delete_container(remains, known.id)
         epitaph = Epitaph(known.id, reason, words)
@@ -146,11 +155,15 @@ class Undertaker:
             await known.shim.close()
 
     async def _end_processes(
-        self, known: KnownShim, processes: list[RemainingProcess], reason: str, *, kill: bool
+        self,
+        known: KnownShim,
+        processes: list[RemainingProcess],
+        reason: str,
+        thaw: Thaw | None,
     ) -> dict[str, LastWords]:
         """Kill what still runs and say how each ended; init is the last to be told of."""
         ordered = sorted(processes, key=lambda process: process.exec_id == "")
-        ends = await asyncio.gather(*(_end(process, reason, kill=kill) for process in ordered))
+        ends = await asyncio.gather(*(_end(process, reason, thaw) for process in ordered))
         words = {process.exec_id: end for process, end in zip(ordered, ends, strict=True)}
         messages = []
         for exec_id, end in words.items():
@@ -162,15 +175,17 @@ class Undertaker:
         return words
 
 
-async def _end(process: RemainingProcess, reason: str, *, kill: bool) -> LastWords:
-    """How one process ended, made to end if it still runs."""
+async def _end(process: RemainingProcess, reason: str, thaw: Thaw | None) -> LastWords:
+    """How one process ended, made to end if it still runs; left alone without ``thaw``."""
     if process.exit is not None:
         return LastWords(process.pid, process.exit)
     identity = process.identity()
-    handle = ProcessHandle.open(identity) if identity is not None and kill else None
-    if handle is None:
+    handle = ProcessHandle.open(identity) if identity is not None and thaw else None
+    if handle is None or thaw is None:
         return LastWords(process.pid, lost=f"it ended unseen after {reason}")
     with handle:
+        if not await handle.kill(timeout_s=_FROZEN_S):
+            await thaw()
         if not await handle.kill(timeout_s=_KILL_S):
             return LastWords(process.pid, lost=f"it does not end after SIGKILL, and {reason}")
         status = await _status_once_reaped(handle)

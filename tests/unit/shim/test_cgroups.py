@@ -161,5 +161,9 @@ def test_shims_enter_and_leave_a_cgroup_of_their_own(tmp_path):
     home = Home(root, proc)
     home.enter()
     assert (root / "memory/theseus/shims/cgroup.procs").read_text() == "0"
+    for name in ("memory", "cpuset"):  # the kernel's files do not keep a cgroup
+        for file in (root / name / "theseus").rglob("*"):
+            file.unlink() if file.is_file() else None
     home.leave()
+    assert not (root / "memory/theseus").exists()
     assert (root / "memory/containerd/cgroup.procs").read_text() == "0"

@@ -71,7 +71,9 @@ def test_line_is_dockers_byte_for_byte():
 @settings(deadline=None, max_examples=60)
 @given(
     raw=st.lists(
-        st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"\xe2\x80\xa8", "é€😀".encode()])),
+        st.one_of(
+            st.binary(max_size=8), st.sampled_from([b"\n", b"\xe2\x80\xa8", "é€😀".encode()])
+        ),
         max_size=20,
     ).map(b"".join)
 )

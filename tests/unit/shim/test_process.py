@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +19,10 @@ from services.shim.process import (
 from services.shim.stdio.uris import Stdio
 
 ALL = list(itertools.product(Status, Action))
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def process(exec_id="", status=Status.CREATED):
@@ -84,8 +88,8 @@ async def test_signals_go_to_that_very_process():
     assert await child.wait() == -signal.SIGTERM
     with pytest.raises(NotFound):
         one.send_signal(signal.SIGTERM)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_files()
     one.ended(ExitRecord(143, 1))
-    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
+    assert open_files() == descriptors - 1
     with pytest.raises(NotFound):
         one.send_signal(0)

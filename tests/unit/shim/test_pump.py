@@ -12,6 +12,7 @@ from services.shim.stdio.console import ConsoleSocket, resize
 from services.shim.stdio.fd_sink import FdSink, open_output
 from services.shim.stdio.input import FifoInput, Input
 from services.shim.stdio.pump import READ_MAX_BYTES, Pump
+from tests.fakes.eventually import eventually
 
 
 class Collector:
@@ -53,12 +54,6 @@ def pump(fd, sink, counted=None, **options):
     return made
 
 
-async def wait_until(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_pipe_is_read_to_its_end_in_growing_pieces():
     read, write = os.pipe()
     sink, sizes = Collector(), []
@@ -85,12 +80,12 @@ async def test_reading_stops_while_the_sink_wants_no_more():
     sink.ready = False
     made = pump(read, sink)
     os.write(write, b"first")
-    await wait_until(lambda: sink.data == b"first" and sink.callbacks)
+    await eventually(lambda: sink.data == b"first" and sink.callbacks)
     os.write(write, b" second")
     await asyncio.sleep(0.02)
     assert sink.data == b"first"
     sink.go_on()
-    await wait_until(lambda: sink.data == b"first second")
+    await eventually(lambda: sink.data == b"first second")
     os.close(write)
     async with asyncio.timeout(10):
         await made.done.wait()
@@ -218,7 +213,7 @@ async def test_fifo_input_ends_with_the_last_client_after_release(tmp_path):
     copying = asyncio.ensure_future(fifo.copy())
     await asyncio.to_thread(path.write_bytes, b"one ")
     await asyncio.to_thread(path.write_bytes, b"two")
-    await wait_until(lambda: True)
+    await asyncio.sleep(0.01)
     assert not copying.done()
     fifo.release()
     async with asyncio.timeout(10):

@@ -3,11 +3,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from services.common import linux
 from services.shim.reaper import Exit, Reaper, Window
+from tests.fakes.eventually import eventually
 
 
 @pytest.fixture
@@ -54,8 +56,7 @@ async def test_orphan_that_ended_before_it_was_known_is_in_the_window(reaper):
         os.write(open_gate, b"\n")
         for fd in (read, gate, open_gate):
             os.close(fd)
-        while os.path.exists(f"/proc/{orphan}"):
-            await asyncio.sleep(0.001)
+        await eventually(lambda: not Path(f"/proc/{orphan}").exists())
         ended = asyncio.get_running_loop().create_future()
         reaper.watch(orphan, ended.set_result, window)
         async with asyncio.timeout(10):
@@ -78,8 +79,7 @@ async def test_watched_orphan_is_told_and_others_are_counted(reaper):
     os.kill(orphan, signal.SIGTERM)
     async with asyncio.timeout(10):
         assert (await ended).code == 128 + signal.SIGTERM
-        while reaper.zombies_reaped < 1:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: reaper.zombies_reaped == 1)
 
 
 def test_window_does_not_mistake_a_new_process_for_the_one_that_ended():

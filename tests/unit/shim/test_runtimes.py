@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +22,7 @@ from services.shim.runtimes.runtime import (
     UnknownToRuntime,
 )
 from tests.fakes import runtime as fakes
+from tests.fakes.eventually import eventually
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ async def bench(tmp_path):
 async def test_commands_have_runcs_words(bench):
     runtime = bench.make(no_pivot_root=True, no_new_keyring=True, systemd_cgroup=True)
     pid = await bench.create(runtime)
-    assert os.path.exists(f"/proc/{pid}")
+    assert Path(f"/proc/{pid}").exists()
     await runtime.start()
     await runtime.pause()
     await runtime.resume()
@@ -143,13 +144,13 @@ async def test_commands_have_runcs_words(bench):
     resources.write_text("{}")
     await runtime.update(resources)
     await runtime.kill(signal.SIGKILL, all_processes=True)
-    while os.path.exists(f"/proc/{pid}"):
-        await asyncio.sleep(0.001)
+    await eventually(lambda: not Path(f"/proc/{pid}").exists())
     await runtime.delete(force=False)
     await runtime.delete(force=True)  # gone already: fine
     bundle, pid_file = str(bench.bundle), str(bench.bundle / "init.pid")
+    switches = ["--no-pivot", "--no-new-keyring"]
     assert bench.fake.calls() == [
-        ["create", "--bundle", bundle, "--pid-file", pid_file, "--no-pivot", "--no-new-keyring", "c"],
+        ["create", "--bundle", bundle, "--pid-file", pid_file, *switches, "c"],
         ["start", "c"],
         ["pause", "c"],
         ["resume", "c"],
@@ -185,7 +186,7 @@ async def test_failure_says_what_the_runtime_said(bench, fault, kind, words):
 async def test_runtime_that_hangs_is_killed(bench):
     runtime = bench.make(timeout_s=0.3)
     bench.fake.fail("create", hang=True, message="thinking")
-    with pytest.raises(RuntimeBroken, match="did not answer in time and was killed.*thinking"):
+    with pytest.raises(RuntimeBroken, match=r"did not answer in time and was killed.*thinking"):
         await bench.create(runtime)
 
 
@@ -205,12 +206,12 @@ async def test_program_that_cannot_be_executed_is_missing(bench):
 
 async def test_descriptors_are_closed_whatever_happens(bench):
     await bench.create()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     bench.fake.fail("pause", message="no")
     for _ in range(3):
         with pytest.raises(RuntimeFailed):
             await bench.runtime.pause()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def script(path, text):
