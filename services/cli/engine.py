@@ -41,6 +41,7 @@ PATIENCE_S = 30.0
 """How long something that can be resumed waits for an engine that went away."""
 
 _CONNECT_S = 0.5
+_UNREADY_S = 10.0
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
 # What gRPC says when it is the connection that failed, and not a tier below.
@@ -57,6 +58,10 @@ _CONNECTION_WORDS = (
 
 class _Unreached(Unavailable):
     """The request was not sent: there was no connection."""
+
+
+class _Interrupted(Unavailable):
+    """The connection broke before the answer came."""
 
 
 class Engine:
@@ -119,14 +124,18 @@ class Engine:
         Raises:
             TheseusError: what the engine said, or that it cannot be reached.
         """
-        patience = Patience(_CONNECT_S)
+        unreached, unready = Patience(_CONNECT_S), Patience(_UNREADY_S)
         while True:
             try:
                 with self.failures():
                     return await method(request, timeout=deadline_s)
+            except _Interrupted:
+                raise  # it may have been done: only the caller knows whether to ask again
             except _Unreached as error:
-                # Nobody got the request, so that it may be made again whatever it is.
-                await patience.pause(error)
+                await unreached.pause(error)
+            except Unavailable as error:
+                # The daemon answers that a tier below is away, and that nothing was done.
+                await unready.pause(error)
 
     async def wait(
         self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request
@@ -153,7 +162,7 @@ class Engine:
                 yield
         except Unavailable as error:
             if any(words in error.message for words in _CONNECTION_WORDS):
-                lost = _Unreached if _NO_CONNECTION in error.message else Unavailable
+                lost = _Unreached if _NO_CONNECTION in error.message else _Interrupted
                 raise lost(self._unreachable(error.message)) from None
             raise
         except DeadlineExceeded as error:

@@ -157,7 +157,7 @@ class App:
         stack.push_async_callback(self._leave_network)
         await stack.enter_async_context(self._background)
         stack.push_async_callback(self._manager.close, DRAIN_S)
-        self._caretaker.returned()
+        await self._caretaker.returned()
         self._execs.resume()
         self._background.start(self._follower.run(), name="journal")
         with suppress(TimeoutError):

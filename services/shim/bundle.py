@@ -77,6 +77,10 @@ class Bundle:
         temporary.write_text(json.dumps(data))
         temporary.rename(self.path / name)
 
+    def remove(self, name: str) -> None:
+        """Remove a file of the bundle, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the bundle; empty when it is not there, or is not an object."""
         try:

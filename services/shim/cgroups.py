@@ -89,20 +89,25 @@ def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cg
     """
     theirs = _parse((proc / str(pid) / "cgroup").read_text())
     ours = _parse((proc / "self" / "cgroup").read_text())
-    base = root if (root / "cgroup.controllers").exists() else root / "unified"
-    unified = theirs.pop("", None)
     controllers = {
-        name: root / name.removeprefix("name=") / path.lstrip("/") for name, path in theirs.items()
+        name: root / name.removeprefix("name=") / path.lstrip("/")
+        for name, path in theirs.items()
+        if name
     }
-    existing = {name: path for name, path in controllers.items() if path.is_dir()}
+    controllers = {name: path for name, path in controllers.items() if path.is_dir()}
     # The hierarchy that processes are looked for in decides whether the cgroup is its own.
-    deciding = next((name for name in _PID_CONTROLLERS if name in existing), "")
-    path = theirs.get(deciding, unified) or "/"
-    return Cgroup(
-        controllers=existing,
-        unified=_v2_directory(base, unified),
-        own=path != "/" and path != ours.get(deciding),
-    )
+    deciding = next((name for name in _PID_CONTROLLERS if name in controllers), "")
+    own = _is_own(deciding, theirs, ours)
+    pure = (root / "cgroup.controllers").exists()
+    unified = (root if pure else root / "unified") / theirs.get("", "/").lstrip("/")
+    # On a hybrid host the v2 part may be shared with the shim, whatever the v1 part is.
+    usable = unified.is_dir() and (pure or _is_own("", theirs, ours))
+    return Cgroup(controllers=controllers, unified=unified if usable else None, own=own)
+
+
+def _is_own(controller: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    path = theirs.get(controller, "/")
+    return path not in ("/", ours.get(controller))
 
 
 def read_table(path: Path) -> dict[str, int]:
@@ -130,13 +135,6 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-def _v2_directory(base: Path, path: str | None) -> Path | None:
-    if path is None:
-        return None
-    directory = base / path.lstrip("/")
-    return directory if directory.is_dir() else None
 
 
 def _parse(text: str) -> dict[str, str]:

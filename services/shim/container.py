@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -34,10 +33,9 @@ from services.common.errors import (
     TheseusError,
 )
 from services.shim import bundle as bundles
-from services.shim import cgroups, events, mounts
+from services.shim import cgroups, events, launch, mounts
 from services.shim.events import Event
-from services.shim.process import Action, ExitRecord, Process, Status
-from services.shim.stdio.console import ConsoleSocket
+from services.shim.process import Action, ExitRecord, Process, Status, exit_fields
 from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
@@ -141,7 +139,7 @@ class Container:
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
             with around.reaper.window() as window:
                 undo.push_async_callback(_tolerated, self._force_delete)
-                pid, master = await self._run_create()
+                pid, master = await launch.create_init(self.runtime, self.bundle, self.init.io)
                 self._take_init(pid, master, window)
             undo.pop_all()
         around.metrics.create_seconds.observe(time.monotonic() - began)
@@ -292,23 +290,8 @@ class Container:
             "runtime": self.options.binary,
             "runtime_root": str(self.options.root),
             "rootfs_mounted": bool(self._rootfs),
-            "processes": [_process_state(p) for p in (self.init, *self.execs.values())],
+            "processes": [p.state() for p in (self.init, *self.execs.values())],
         }
-
-    async def _run_create(self) -> tuple[int, int]:
-        assert self.init.io is not None
-        pid_file = self.bundle.path / "init.pid"
-        if not self.init.stdio.terminal:
-            stdio = self.init.io.runtime_stdio
-            pid = await self.runtime.create(
-                bundle=self.bundle.path, pid_file=pid_file, stdio=stdio, console=""
-            )
-            return pid, -1
-        with ConsoleSocket(self.bundle.path, "console") as console:
-            pid = await self.runtime.create(
-                bundle=self.bundle.path, pid_file=pid_file, stdio=None, console=console.address
-            )
-            return pid, await console.receive()
 
     def _take_init(self, pid: int, master: int, window: Window) -> None:
         assert self.init.io is not None
@@ -317,29 +300,21 @@ class Container:
             self.cgroup = cgroups.of_process(pid)
         self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
-        stdio = self.init.stdio
-        self._emit(
-            events.TASK_CREATE,
-            {
-                "container_id": self.id,
-                "bundle": str(self.bundle.path),
-                "rootfs": [
-                    {
-                        "type": mount.type,
-                        "source": mount.source,
-                        "target": mount.target,
-                        "options": list(mount.options),
-                    }
-                    for mount in self._rootfs
-                ],
-                "stdin": stdio.stdin,
-                "stdout": stdio.stdout,
-                "stderr": stdio.stderr,
-                "terminal": stdio.terminal,
-                "pid": pid,
-            },
-        )
+        self._emit(events.TASK_CREATE, self._create_fields(pid))
         self._around.reaper.watch(pid, self._init_ended, window)
+
+    def _create_fields(self, pid: int) -> dict[str, object]:
+        stdio = self.init.stdio
+        return {
+            "container_id": self.id,
+            "bundle": str(self.bundle.path),
+            "rootfs": [asdict(mount) for mount in self._rootfs],
+            "stdin": stdio.stdin,
+            "stdout": stdio.stdout,
+            "stderr": stdio.stderr,
+            "terminal": stdio.terminal,
+            "pid": pid,
+        }
 
     async def _start_exec(self, process: Process) -> None:
         if self._init_is_gone:
@@ -350,7 +325,9 @@ class Container:
             undo.push_async_callback(self._discard_io, process)
             process.io.change_owner(self.options.io_uid, self.options.io_gid)
             with self._around.reaper.window() as window:
-                pid, master = await self._run_exec(process)
+                pid, master = await launch.run_exec(
+                    self.runtime, self.bundle, process.io, self._specs[process.exec_id]
+                )
                 process.created(pid)
                 process.io.start(master)
                 self._started(
@@ -362,35 +339,6 @@ class Container:
                     pid, lambda ended: self._exec_ended(process, ended), window
                 )
             undo.pop_all()
-
-    async def _run_exec(self, process: Process) -> tuple[int, int]:
-        assert process.io is not None
-        # The runtime's files have short names: an exec id may be longer than a file name allows.
-        number = list(self.execs).index(process.exec_id)
-        name = f"exec-{number}-{time.monotonic_ns()}"
-        process_file = self.bundle.path / f"{name}.json"
-        pid_file = self.bundle.path / f"{name}.pid"
-        self.bundle.write(process_file.name, self._specs[process.exec_id])
-        try:
-            if not process.stdio.terminal:
-                pid = await self.runtime.exec(
-                    process_file=process_file,
-                    pid_file=pid_file,
-                    stdio=process.io.runtime_stdio,
-                    console="",
-                )
-                return pid, -1
-            with ConsoleSocket(self.bundle.path, name) as console:
-                pid = await self.runtime.exec(
-                    process_file=process_file,
-                    pid_file=pid_file,
-                    stdio=None,
-                    console=console.address,
-                )
-                return pid, await console.receive()
-        finally:
-            process_file.unlink(missing_ok=True)
-            pid_file.unlink(missing_ok=True)
 
     def _started(self, process: Process, topic: str, fields: dict[str, object]) -> None:
         process.apply(Action.START)
@@ -425,33 +373,8 @@ class Container:
 
     async def _handle_exit(self, process: Process, ended: Exit) -> None:
         async with process.lock:
-            oom_killed = self._tell_oom()
-            record = ExitRecord(
-                status=ended.code,
-                exited_at_ns=ended.exited_at_ns,
-                signal=ended.signal,
-                oom_killed=oom_killed,
-                usage={
-                    "user_us": ended.user_us,
-                    "system_us": ended.system_us,
-                    "max_rss_bytes": ended.max_rss_bytes,
-                },
-            )
-            seq = self._around.events.record(
-                Event(
-                    events.TASK_EXIT,
-                    {
-                        "container_id": self.id,
-                        "id": process.id,
-                        "pid": process.pid,
-                        "exit_status": record.status,
-                        "exited_at_ns": record.exited_at_ns,
-                        "signal": record.signal,
-                        "oom_killed": record.oom_killed,
-                        "usage": dict(record.usage),
-                    },
-                )
-            )
+            record = ExitRecord.of(ended, oom_killed=self._tell_oom())
+            seq = self._around.events.record(Event(events.TASK_EXIT, exit_fields(process, record)))
             process.ended(record)
             self._changed()
             if process.io is not None:
@@ -525,33 +448,3 @@ async def _tolerated(undo: Callable[[], Any]) -> None:
         await undo()
     except (TheseusError, OSError) as error:
         log.error("undo step failed", step=getattr(undo, "__name__", ""), error=str(error))
-
-
-def _process_state(process: Process) -> dict[str, object]:
-    record = process.exit
-    return {
-        "exec_id": process.exec_id,
-        "pid": process.pid,
-        "status": str(process.status),
-        "stdin": process.stdio.stdin,
-        "stdout": process.stdio.stdout,
-        "stderr": process.stdio.stderr,
-        "terminal": process.stdio.terminal,
-        "exit_status": record.status if record else None,
-        "exited_at_ns": record.exited_at_ns if record else None,
-    }
-
-
-def parse_json_object(data: bytes, *, field: str) -> dict[str, Any]:
-    """A JSON object out of a request's Any.
-
-    Raises:
-        InvalidArgument: it is not one.
-    """
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise InvalidArgument(f"{field} is not valid JSON: {error}", field=field) from error
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{field} is not a JSON object", field=field)
-    return value

@@ -70,6 +70,7 @@ class Factory:
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._waiting: dict[int, _Waiting] = {}
+        self._inode = 0
         self._home = shim_cgroup.Home()
         # Made once, for the children to share as long as they do not count anything.
         self._metrics = ShimMetrics()
@@ -86,7 +87,7 @@ class Factory:
             log.info("factory serves", socket=str(self._path), version=VERSION)
             self._serve()
         finally:
-            self._path.unlink(missing_ok=True)
+            self._unlink()
             self._home.leave()
 
     def _listen(self) -> None:
@@ -96,9 +97,16 @@ class Factory:
         new.chmod(0o600)
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
+        self._inode = new.stat().st_ino
         new.rename(self._path)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+
+    def _unlink(self) -> None:
+        # A new containerd's factory may have put its own socket in this place.
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
 
     def _serve(self) -> None:
         while True:

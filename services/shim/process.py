@@ -19,6 +19,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from services.shim.reaper import Exit
     from services.shim.stdio.process_io import ProcessIo
     from services.shim.stdio.uris import Stdio
 
@@ -101,6 +102,21 @@ class ExitRecord:
     signal: int = 0
     oom_killed: bool = False
     usage: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ended: Exit, *, oom_killed: bool) -> ExitRecord:
+        """The record of an exit that was reaped."""
+        return cls(
+            status=ended.code,
+            exited_at_ns=ended.exited_at_ns,
+            signal=ended.signal,
+            oom_killed=oom_killed,
+            usage={
+                "user_us": ended.user_us,
+                "system_us": ended.system_us,
+                "max_rss_bytes": ended.max_rss_bytes,
+            },
+        )
 
 
 class Process:
@@ -203,7 +219,36 @@ class Process:
             raise NotFound(f"process '{self.id}' was deleted before it was started")
         return self.exit
 
+    def state(self) -> dict[str, object]:
+        """What a successor of the shim has to know of it; goes into ``state.json``."""
+        record = self.exit
+        return {
+            "exec_id": self.exec_id,
+            "pid": self.pid,
+            "status": str(self.status),
+            "stdin": self.stdio.stdin,
+            "stdout": self.stdio.stdout,
+            "stderr": self.stdio.stderr,
+            "terminal": self.stdio.terminal,
+            "exit_status": record.status if record else None,
+            "exited_at_ns": record.exited_at_ns if record else None,
+        }
+
     def _close_pidfd(self) -> None:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def exit_fields(process: Process, record: ExitRecord) -> dict[str, object]:
+    """Fields of the event that tells the end of a process."""
+    return {
+        "container_id": process.container_id,
+        "id": process.id,
+        "pid": process.pid,
+        "exit_status": record.status,
+        "exited_at_ns": record.exited_at_ns,
+        "signal": record.signal,
+        "oom_killed": record.oom_killed,
+        "usage": dict(record.usage),
+    }

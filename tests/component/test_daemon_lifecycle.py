@@ -144,9 +144,7 @@ async def test_stop_asks_then_kills(made):
 async def test_a_command_that_cannot_run_is_named_and_leaves_nothing_running(made, reason, code):
     identity = await made.create("one")
     waiting = asyncio.create_task(made.wait("one", NEXT_EXIT))
-    made.node.fail(
-        "Tasks.Create", grpc.StatusCode.INVALID_ARGUMENT, "exec: nosuch", reason=reason
-    )
+    made.node.fail("Tasks.Create", grpc.StatusCode.INVALID_ARGUMENT, "exec: nosuch", reason=reason)
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await made.begin("one")
     error = from_rpc_error(failed.value)

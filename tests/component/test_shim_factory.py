@@ -16,6 +16,7 @@ import pytest
 from protos.theseus.shim.v1 import control_pb2
 from services.common import errors
 from services.common.linux import process_start_time
+from tests.fakes.eventually import eventually
 from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
 
 
@@ -109,6 +110,17 @@ async def test_factory_leaves_no_zombies(maker, factory):
     await maker.start(maker.bundle(plain_spec("/bin/true")))
     children = Path(f"/proc/{factory.process.pid}/task/{factory.process.pid}/children")
     assert len(children.read_text().split()) == 1
+
+
+async def test_new_factory_takes_over_the_path_and_the_old_one_leaves_it_alone(tmp_path):
+    old = FactoryProcess(tmp_path)
+    inode = old.socket.stat().st_ino
+    new = FactoryProcess(tmp_path, wait=False)
+    await eventually(lambda: new.socket.stat().st_ino != inode)
+    assert old.stop() == 0
+    assert "not valid JSON" in new.ask(b"?")["error"]
+    assert new.stop() == 0
+    assert not new.socket.exists()
 
 
 async def test_health_and_reflection_are_served(maker):

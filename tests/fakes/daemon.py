@@ -260,7 +260,8 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
         record.process.start()
         record.process.task.add_done_callback(lambda _: self._exited(record))
         if self.vanish_after_start:
-            raise errors.Unavailable("going away")
+            self._restarting = asyncio.create_task(self.restart())
+            await asyncio.Event().wait()  # until this call is cancelled with all others
         return pb.StartContainerResponse()
 
     def _exited(self, record):

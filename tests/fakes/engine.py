@@ -80,16 +80,29 @@ class Engine:
         ``request`` is called with this engine once the daemon serves.
         """
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.fakes.engine", str(self.directory), step,
+            sys.executable,
+            "-m",
+            "tests.fakes.engine",
+            str(self.directory),
+            step,
             cwd=Path(__file__).parents[2],
         )
+        ended = asyncio.create_task(process.wait())
+        await self.until(lambda: self.config.address.exists() or ended.done())
         self._channel = connect(self.config.address)
         self._stubs()
         working = asyncio.create_task(request(self))
-        code = await process.wait()
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-        await self._channel.close()
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                code = await ended
+        finally:
+            if not ended.done():
+                process.kill()
+                await process.wait()
+            working.cancel()
+            await asyncio.gather(working, ended, return_exceptions=True)
+            await self._channel.close()
+            self.config.address.unlink(missing_ok=True)
         assert code == -signal.SIGKILL, f"the daemon ended with {code} before it came to {step}"
 
     def _stubs(self):
@@ -143,7 +156,7 @@ class Engine:
     async def until(self, condition):
         """Wait for something that only becomes visible by itself."""
         async with asyncio.timeout(_TIMEOUT_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - nothing tells when
                 await asyncio.sleep(0.01)
 
     def left(self):
@@ -159,7 +172,7 @@ class Engine:
         }
 
 
-NOTHING = dict.fromkeys(("records", "snapshots", "tasks", "network", "files", "volumes"), [])
+NOTHING = {key: [] for key in ("records", "snapshots", "tasks", "network", "files", "volumes")}
 
 
 @asynccontextmanager

@@ -3,9 +3,9 @@
 What it knows (`World`) outlives its server, as the real one's disk and shims do: `stop` and `start`
 are a restart. Processes are objects that tests end at will. Faults on demand:
 
-    node.fail("Tasks.Start", code, message, reason="")    the next call fails
-    node.lose("Tasks.Start")                               the next call works, its answer is lost
-    node.block("Tasks.Start")                              calls wait until the event returned is set
+    node.fail("Tasks.Start", code, message, reason="")   the next call fails
+    node.lose("Tasks.Start")      the next call works, its answer is lost
+    node.block("Tasks.Start")     calls wait until the event returned is set
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class World:
         entry = journal_pb2.Entry(seq=len(self.journal) + 1, namespace=NAMESPACE, topic=topic)
         entry.timestamp.FromNanoseconds(next(self.clock_ns))
         entry.event.CopyFrom(
-            any_pb2.Any(
-                type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString()
-            )
+            any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
         )
         self.journal.append(entry)
         self.journal_changed.set()
@@ -614,7 +612,7 @@ class _Transfer(transfer_pb2_grpc.TransferServicer):
             await _not_found(context, reference)
         layer = "sha256:" + "e" * 64
         for event, done in (("waiting", 0), ("downloading", 500), ("complete", 1000)):
-            self._report(progress, event, f"layer ({layer})", done, 1000, layer)
+            self._report(progress, event, layer=layer, done=done)
         self._node.world.add_image(reference)
 
     async def _load(self, stream, store, progress, context):
@@ -633,13 +631,13 @@ class _Transfer(transfer_pb2_grpc.TransferServicer):
         if name == "untagged":
             name = f"{store.extra_references[0].name}@sha256:{'f' * 64}"
         self._node.world.add_image(name)
-        self._report(progress, "saved", name, 0, 0, "")
+        self._report(progress, "saved", name=name)
 
     @staticmethod
-    def _report(progress, event, name, done, total, digest):
-        message = progress_pb2.Progress(event=event, name=name, progress=done, total=total)
-        if digest:
-            message.desc.digest = digest
+    def _report(progress, event, *, name="", layer="", done=0):
+        message = progress_pb2.Progress(event=event, name=name or f"layer ({layer})")
+        if layer:
+            message.progress, message.total, message.desc.digest = done, 1000, layer
             message.desc.media_type = "application/vnd.oci.image.layer.v1.tar+gzip"
         progress.put_nowait(_pack(message))
 

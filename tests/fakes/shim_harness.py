@@ -35,7 +35,7 @@ CALL_LIMIT_S = 20
 class FactoryProcess:
     """A running ``theseus-shim factory``."""
 
-    def __init__(self, directory: Path, *, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, *, prefix: tuple[str, ...] = (), wait: bool = True) -> None:
         self.socket = directory / "factory.sock"
         program = [sys.executable, "-m", "services.shim", "factory", "--socket", str(self.socket)]
         with (directory / "factory.log").open("wb") as log:
@@ -43,7 +43,7 @@ class FactoryProcess:
                 [*prefix, *program], stdin=subprocess.PIPE, stderr=log, cwd=REPOSITORY
             )
         deadline = time.monotonic() + 20
-        while not self.socket.exists():
+        while wait and not self.socket.exists():
             assert self.process.poll() is None, (directory / "factory.log").read_text()
             assert time.monotonic() < deadline, "the factory does not serve"
             time.sleep(0.01)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.theseus import Theseus
+from tests.integration.theseus import BRIDGE, GATEWAY, Theseus
 from tools import engine as engines
 from tools import image, leaks, registry
 
@@ -46,8 +46,9 @@ def busybox():
 def whole_engine(home, registry_address, busybox):
     image.push(busybox, registry_address, "busybox", "latest")
     before = leaks.taken()
+    options = ["--bridge-name", BRIDGE, "--bridge-subnet", f"{GATEWAY}/16", "--log-level", "debug"]
     try:
-        with engines.running(home, ["--bridge-name", "ttest0", "--log-level", "debug"]) as engine:
+        with engines.running(home, options) as engine:
             theseus = Theseus(engine, registry_address)
             theseus.ok("pull", theseus.image)
             theseus.ok("run", "--rm", theseus.image, "true")  # makes the bridge, which stays
@@ -60,7 +61,7 @@ def whole_engine(home, registry_address, busybox):
         if keep:
             shutil.copy(home / "up.log", keep)
     # Bridge and table stay for containers that outlive `theseus up`; there are none left here.
-    subprocess.run(["ip", "link", "delete", "ttest0"], check=False, capture_output=True)
+    subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
     for line in leaks.taken().beyond(before):
         kind, _, name = line.partition(": ")
         if kind == "nft":

@@ -234,7 +234,7 @@ def test_up_ends_and_comes_back_to_running_containers(theseus, tmp_path):
     with engines.running(directory, arguments) as engine:
         assert call(engine, "inspect", "-f", pid_format, "steady") == pid
         second = subprocess.run(
-            [*engine.process.args, *("--containerd-option", "--lock-timeout=0.2")],
+            [*engine.process.args, "--containerd-option=--lock-timeout=0.2"],
             capture_output=True,
             text=True,
             timeout=40,

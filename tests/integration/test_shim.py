@@ -184,7 +184,8 @@ async def test_container_runs_from_create_to_shutdown(node):
     await shim.shutdown()
     await shim.ended()
     assert not Path(shim.request["socket"]).exists()
-    assert not list(Path("/sys/fs/cgroup").glob(f"*/theseus-test-{node.directory.name}"))
+    for controller in ("memory", "pids", "freezer"):
+        assert not Path(f"/sys/fs/cgroup/{controller}/theseus-test-{node.directory.name}").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from tools import leaks
 
 CLI = [sys.executable, "-m", "services.cli"]
 CALL_S = 40
+BRIDGE = "ttest0"
+GATEWAY = "10.99.0.1"
 
 
 @dataclass(frozen=True)

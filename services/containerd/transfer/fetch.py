@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from services.common.errors import AlreadyExists, DataLoss, Unavailable
+from services.common.errors import AlreadyExists, DataLoss, NotFound, Unavailable
 from services.containerd.content.labels import DISTRIBUTION_SOURCE
 from services.containerd.images.media_types import ref_key
 from services.containerd.keyed_lock import KeyedLock
@@ -47,18 +48,36 @@ class BlobFetcher:
                 await self._add_source(namespace, remote, descriptor)
                 return
             async with writer:
-                await self._fill(namespace, remote, descriptor, writer, tracker)
                 try:
-                    await writer.commit(
-                        size_bytes=descriptor.size_bytes,
-                        expected=descriptor.digest,
-                        labels=_source(remote, ""),
-                        media_type=descriptor.media_type,
-                    )
-                except AlreadyExists:
-                    tracker.exists(descriptor)
-                else:
-                    tracker.completed(descriptor)
+                    await self._fill(namespace, remote, descriptor, writer, tracker)
+                    await self._commit(remote, descriptor, writer, tracker)
+                except BaseException:
+                    # Only a crash leaves a beginning behind, for the next pull to go on from.
+                    await self._abort(namespace, descriptor)
+                    raise
+
+    async def _commit(
+        self,
+        remote: Remote,
+        descriptor: Descriptor,
+        writer: ContentWriter,
+        tracker: ProgressTracker,
+    ) -> None:
+        try:
+            await writer.commit(
+                size_bytes=descriptor.size_bytes,
+                expected=descriptor.digest,
+                labels=_source(remote, ""),
+                media_type=descriptor.media_type,
+            )
+        except AlreadyExists:
+            tracker.exists(descriptor)
+        else:
+            tracker.completed(descriptor)
+
+    async def _abort(self, namespace: str, descriptor: Descriptor) -> None:
+        with suppress(NotFound):
+            await self._content.abort(namespace, ref_key(descriptor.media_type, descriptor.digest))
 
     async def _open(self, namespace: str, descriptor: Descriptor) -> ContentWriter:
         ref = ref_key(descriptor.media_type, descriptor.digest)
@@ -92,11 +111,9 @@ class BlobFetcher:
                 await writer.truncate()
                 await remote.fetch(descriptor, writer)
         if writer.digest != descriptor.digest:
-            found = writer.digest
-            await self._content.abort(namespace, ref_key(descriptor.media_type, descriptor.digest))
             raise DataLoss(
                 f"{remote.reference.domain} sent wrong bytes for {descriptor.digest}: "
-                f"their digest is {found}"
+                f"their digest is {writer.digest}"
             )
 
     async def _add_source(self, namespace: str, remote: Remote, descriptor: Descriptor) -> None:

@@ -149,9 +149,10 @@ class ImageTree:
         if parsed is None:
             return [SelectedImage(config, None, (), (*layers, *others))]
         if len(layers) != len(parsed.diff_ids):
+            unknown = "".join(f", and one of unknown media type {o.media_type}" for o in others)
             raise MalformedManifest(
-                f"the manifest has {len(layers)} layers, its configuration {config.digest} has "
-                f"{len(parsed.diff_ids)} diff ids"
+                f"the manifest has {len(layers)} layers{unknown}; its configuration "
+                f"{config.digest} has {len(parsed.diff_ids)} diff ids"
             )
         pairs = tuple(map(UnpackLayer, layers, parsed.diff_ids))
         return [SelectedImage(config, parsed.platform, pairs, others)]

@@ -2,8 +2,7 @@
 
     exited     cleaned up; removed, if it was created to be
     created    cleaned up, after a start that was given up
-    removing   removed to the end
-    creating   (only after a crash) removed
+    removing   removed to the end; so is what a crash left half created
 
 One task for each container that needs it; a failure is tried again, with growing pauses, and at
 once when containerd comes back.
@@ -55,11 +54,14 @@ class Caretaker:
         self._retry = asyncio.Event()
         self._not_before_s = 0.0
 
-    def returned(self) -> None:
+    async def returned(self) -> None:
         """The daemon has just started: give clients time to come back; then tend to everyone."""
         self._not_before_s = asyncio.get_running_loop().time() + RETURN_GRACE_S
         for record in self._below.store.list_all():
-            if self._needed(record):
+            if record.state is State.CREATING:  # its name is free before anybody can ask for it
+                await self._remover.begin(record.id, volumes=True)
+            present = self._below.store.get(record.id)
+            if present is not None and self._needed(present):
                 self.tend(record.id)
 
     def retry_now(self) -> None:
@@ -91,7 +93,7 @@ class Caretaker:
         if record is not None and record.state is State.EXITED and record.unclean:
             # Those who wait for the end are told once the network is free again.
             await self._cleaner.release_network(container_id)
-        await self._grace()
+            await self._grace()
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
@@ -111,8 +113,6 @@ class Caretaker:
         record = self._below.store.get(container_id)
         if record is None or record.live:
             return
-        if record.state is State.CREATING:
-            record = await self._remover.begin(container_id, volumes=True)
         if record.state is not State.REMOVING:
             await self._cleaner.clean(container_id)
             if record.state is not State.EXITED or not record.config.auto_remove:
@@ -131,6 +131,6 @@ class Caretaker:
             return False
         return (
             record.unclean
-            or record.state in (State.CREATING, State.REMOVING)
+            or record.state is State.REMOVING
             or (record.state is State.EXITED and record.config.auto_remove)
         )

@@ -108,7 +108,12 @@ class ContainerManager:
 
     def list_all(self, *, stopped: bool) -> list[ContainerRecord]:
         """Containers, newest first: all of them, or those that run."""
-        shown = (r for r in self._below.store.list_all() if r.state is not State.CREATING)
+        # One that is named by its id was never finished: nobody was told of it.
+        shown = (
+            record
+            for record in self._below.store.list_all()
+            if record.state is not State.CREATING and record.name != record.id
+        )
         live = (State.RUNNING, State.PAUSED)
         return [record for record in shown if stopped or record.state in live]
 

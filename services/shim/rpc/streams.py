@@ -100,11 +100,13 @@ class _Attachment:
             reading = asyncio.create_task(reader.read())
             try:
                 # A bad request ends the call, even while there is nothing to send.
-                while not reading.done():
-                    waiting = {reading} if consumer.done() else {reading, consumer}
-                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                while True:
                     if consumer.done():
                         consumer.result()
+                    if reading.done():
+                        break
+                    waiting = {reading} if consumer.done() else {reading, consumer}
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 reading.cancel()
             found = reading.result()

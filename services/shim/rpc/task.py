@@ -5,6 +5,7 @@ Only conversion: the rules are those of ``container.py`` and ``tasks.py``.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from protos.containerd.types.runc.options import oci_pb2
 from protos.containerd.types.task import task_pb2
 from services.common import VERSION
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
-from services.shim.container import parse_json_object
 from services.shim.mounts import Mount
 from services.shim.process import Action, ExitRecord, Process, Status
 from services.shim.rpc.stats import cgroup_metrics
@@ -137,7 +137,7 @@ class TaskService(shim_pb2_grpc.TaskServicer):
     async def Exec(self, request: shim_pb2.ExecProcessRequest, context: Context) -> empty_pb2.Empty:
         """Add a process, which Start runs."""
         container = self._tasks.container(request.id)
-        spec = parse_json_object(request.spec.value, field="spec")
+        spec = _json_object(request.spec.value, field="spec")
         container.add_exec(request.exec_id, spec, _stdio(request))
         return empty_pb2.Empty()
 
@@ -175,7 +175,7 @@ class TaskService(shim_pb2_grpc.TaskServicer):
     ) -> empty_pb2.Empty:
         """Change the limits of a container."""
         container = self._tasks.container(request.id)
-        await container.update(parse_json_object(request.resources.value, field="resources"))
+        await container.update(_json_object(request.resources.value, field="resources"))
         return empty_pb2.Empty()
 
     async def Wait(self, request: shim_pb2.WaitRequest, context: Context) -> shim_pb2.WaitResponse:
@@ -255,3 +255,18 @@ def _exited_at(record: ExitRecord | None) -> timestamp_pb2.Timestamp | None:
         return None
     seconds, nanos = divmod(record.exited_at_ns, 1_000_000_000)
     return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
+
+
+def _json_object(data: bytes, *, field: str) -> dict[str, Any]:
+    """A JSON object out of a request's Any.
+
+    Raises:
+        InvalidArgument: it is not one.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InvalidArgument(f"{field} is not valid JSON: {error}", field=field) from error
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{field} is not a JSON object", field=field)
+    return value

@@ -59,6 +59,16 @@ def test_v2_cgroup_is_found_and_read(tmp_path):
     assert (found.processes(), found.oom_kills()) == ([5], 2)
 
 
+def test_v2_part_that_is_shared_on_a_hybrid_host_is_left_alone(tmp_path):
+    root, proc = tmp_path / "cg", tmp_path / "proc"
+    tree(root, {"memory/a/cgroup.procs": "", "unified/service/cgroup.kill": ""})
+    process(proc, 5, "4:memory:/a\n0::/service\n", ours="4:memory:/s\n0::/service\n")
+    found = cgroups.of_process(5, root=root, proc=proc)
+    assert (found.own, found.unified) == (True, None)
+    assert found.kill_all()
+    assert (root / "unified/service/cgroup.kill").read_text() == ""
+
+
 @pytest.mark.parametrize("path", ["/", "/ours"])
 def test_cgroup_that_others_share_is_never_killed(tmp_path, path):
     child = subprocess.Popen(["/bin/sleep", "100"])
