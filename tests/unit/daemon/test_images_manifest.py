@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -15,11 +16,8 @@ A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
 
 def test_chain_ids_are_those_of_the_specification():
-    # The two-layer chain of these digests, computed by hand with sha256sum.
     assert manifest.chain_ids([]) == ()
     assert manifest.chain_ids([A]) == (A,)
-    import hashlib
-
     joined = hashlib.sha256(f"{A} {B}".encode()).hexdigest()
     assert manifest.chain_ids([A, B]) == (A, f"sha256:{joined}")
 
