@@ -54,7 +54,11 @@ def running(directory: Path, arguments: Sequence[str] = ()) -> Iterator[Engine]:
     ]
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            process_group=0,  # a Ctrl-C is for whoever runs it, and ends it in due order
         )
     assert process.stdout is not None
     try:

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from services.common import linux
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-STATE_DIRECTORIES = ("/run/theseus*", "/var/lib/theseus*", "/tmp/theseus*")
+STATE_DIRECTORIES = ("/run/theseus*", "/var/lib/theseus*")
 """Patterns of the places where engines keep what is theirs."""
 
 _PAUSE_S = 0.05
@@ -64,6 +65,21 @@ def left_since(before: Traces, *, patience_s: float = 5.0) -> list[str]:
     while (left := taken().beyond(before)) and time.monotonic() < give_up_at:
         time.sleep(_PAUSE_S)
     return left
+
+
+def clear(before: Traces) -> None:
+    """Take away what an engine keeps for containers that outlive it: bridge, table, cgroups.
+
+    To be called when there are no such containers any more.
+    """
+    now = taken()
+    for name in now.links - before.links:
+        subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)
+    for table in now.nft - before.nft:
+        subprocess.run(["nft", "delete", *table.split()], check=False, capture_output=True)
+    for path in sorted(now.cgroups - before.cgroups, reverse=True):  # children first
+        with suppress(OSError):
+            Path(path).rmdir()
 
 
 def _processes() -> Iterator[str]:

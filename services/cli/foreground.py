@@ -18,7 +18,7 @@ from services.cli.failure import warn
 from services.common.errors import FailedPrecondition, NotFound, TheseusError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from services.cli.engine import Engine
     from services.cli.session import Session
@@ -62,6 +62,8 @@ class Foreground:
         self._forward = forward if not tty else None
         self._forwarding: set[asyncio.Future[object]] = set()
         self._interrupts = 0
+        self._begun = False
+        self._early: list[signal.Signals] = []
         self._ended_by: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @asynccontextmanager
@@ -79,11 +81,31 @@ class Foreground:
                 stack.enter_context(terminal.raw(0))
             yield
 
+    async def unless_ended(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await ``work``, which makes the process run.
+
+        Raises:
+            KeyboardInterrupt: the user ended us first, or insisted.
+        """
+        task = asyncio.ensure_future(work)
+        outcomes: list[asyncio.Future[Any]] = [task, self._ended_by]
+        try:
+            await asyncio.wait(outcomes, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise KeyboardInterrupt
+            task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     def begin(self) -> None:
         """The process runs now."""
         if self._tty:
             self._session.resize()
         self._session.started(detachable=self._keys)
+        self._begun = True
+        for number in self._early:
+            self._pass_on(number)
 
     async def until_exit(self, waiting: Awaitable[pb.ExitStatus]) -> int:
         """The process' exit code; 0 once the user detached; 128+n when a signal ended us.
@@ -124,7 +146,13 @@ class Foreground:
         if self._forward is None or self._interrupts >= _INSISTENT:
             if not self._ended_by.done():
                 self._ended_by.set_result(128 + number)
-            return
+        elif self._begun:
+            self._pass_on(number)
+        else:
+            self._early.append(number)  # nothing runs yet that could hear it
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        assert self._forward is not None
         task = asyncio.ensure_future(self._forward(number.name))
         self._forwarding.add(task)
         task.add_done_callback(self._forwarded)

@@ -11,6 +11,8 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
+import struct
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -60,6 +62,19 @@ def program(name: str) -> tuple[str, ...]:
     if installed.is_file():
         return (str(installed),)
     return (sys.executable, "-m", f"services.{name}")
+
+
+def _server(path: Path) -> int:
+    """Process id of who listens on a Unix socket; 0 for nobody (unix(7), SO_PEERCRED)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError:
+            return 0
+    pid, _, _ = struct.unpack("iII", credentials)
+    return int(pid)
 
 
 class Supervisor:
@@ -202,7 +217,8 @@ class _Keeper:
             while True:
                 with suppress(TheseusError), translated():
                     answer = await stub.Check(request, timeout=_PROBE_TIMEOUT_S)
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
+                    if serving and self._process and _server(self.tier.socket) == self._process.pid:
                         break
                 await asyncio.sleep(_PROBE_PAUSE_S)
         log.info("tier serves", name=self.tier.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
@@ -62,57 +62,66 @@ def connect(socket: Path | str, *, namespace: str = "") -> grpc.aio.Channel:
     It connects when first used, and again by itself. Every call carries the request id of the
     current context (a new one when there is none) and, if given, containerd's ``namespace``.
     """
-    interceptors = [
-        kind(namespace) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)
-    ]
-    return grpc.aio.insecure_channel(
-        f"unix:{str(socket).removeprefix('unix://')}", options=_OPTIONS, interceptors=interceptors
+    channel = grpc.aio.insecure_channel(
+        f"unix:{str(socket).removeprefix('unix://')}", options=_OPTIONS
     )
+    return _Channel(channel, namespace)
 
 
-class _Metadata:
-    def __init__(self, namespace: str) -> None:
+class _Channel(grpc.aio.Channel):
+    """A channel whose calls carry metadata of ours.
+
+    Not by interceptors: those cost a task or two for each call, and behind them a stream whose
+    peer ended it keeps one that waits for ever.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, namespace: str) -> None:
+        self._channel = channel
         self._namespace = namespace
 
-    def _add(self, details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()))
-        present = {key for key, _ in metadata}
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._channel.channel_ready()
+
+    def unary_unary(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self._channel.unary_unary(*arguments, **options), self._namespace)
+
+    def unary_stream(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self._channel.unary_stream(*arguments, **options), self._namespace)
+
+    def stream_unary(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self._channel.stream_unary(*arguments, **options), self._namespace)
+
+    def stream_stream(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self._channel.stream_stream(*arguments, **options), self._namespace)
+
+
+class _Method:
+    """One method of a service, of whatever kind."""
+
+    def __init__(self, method: Any, namespace: str) -> None:
+        self._method = method
+        self._namespace = namespace
+
+    def __call__(self, *arguments: Any, metadata: Any = None, **options: Any) -> Any:
+        complete = grpc.aio.Metadata(*(metadata or ()))
+        present = {key for key, _ in complete}
         if REQUEST_ID_KEY not in present:
-            metadata.add(REQUEST_ID_KEY, request_id.get() or new_request_id())
+            complete.add(REQUEST_ID_KEY, request_id.get() or new_request_id())
         if self._namespace and NAMESPACE_KEY not in present:
-            metadata.add(NAMESPACE_KEY, self._namespace)
-        return grpc.aio.ClientCallDetails(
-            method=details.method,
-            timeout=details.timeout,
-            metadata=metadata,
-            credentials=details.credentials,
-            wait_for_ready=details.wait_for_ready,
-        )
-
-
-class _UnaryUnary(_Metadata, grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(
-        self, continuation: Any, client_call_details: Any, request: Any
-    ) -> Any:
-        return await continuation(self._add(client_call_details), request)
-
-
-class _UnaryStream(_Metadata, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(
-        self, continuation: Any, client_call_details: Any, request: Any
-    ) -> Any:
-        return await continuation(self._add(client_call_details), request)
-
-
-class _StreamUnary(_Metadata, grpc.aio.StreamUnaryClientInterceptor):
-    async def intercept_stream_unary(
-        self, continuation: Any, client_call_details: Any, request_iterator: Any
-    ) -> Any:
-        return await continuation(self._add(client_call_details), request_iterator)
-
-
-class _StreamStream(_Metadata, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(
-        self, continuation: Any, client_call_details: Any, request_iterator: Any
-    ) -> Any:
-        return await continuation(self._add(client_call_details), request_iterator)
+            complete.add(NAMESPACE_KEY, self._namespace)
+        return self._method(*arguments, metadata=complete, **options)

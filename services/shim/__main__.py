@@ -1,4 +1,4 @@
-"""The command ``theseus-shim``: ``factory``, ``serve``, ``probe``.
+"""The command ``theseus-shim``: ``factory``, ``serve``, ``reexec``, ``probe``.
 
 What a subcommand needs is imported when it is chosen: ``--version`` and ``probe`` are quick.
 """
@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--linger-s", type=float, default=10.0)
     serve.set_defaults(run=_serve)
 
+    reexec = commands.add_parser("reexec", help="take over from a shim; for its own use")
+    what = reexec.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="say whether this program could")
+    what.add_argument("--state", type=int, help="descriptor of what is handed over")
+    reexec.add_argument("--failure", default="", help="why a newer version was rolled back")
+    reexec.set_defaults(run=_reexec)
+
     probe = commands.add_parser("probe", help="say which OCI runtimes can be used here, as JSON")
     probe.add_argument("--runtime", action="append", help="name or path; may be repeated")
     probe.set_defaults(run=_probe)
@@ -71,6 +78,24 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     config = ShimConfig.from_request(vars(arguments))
     asyncio.run(run_shim(config, ShimMetrics(), _write_answer))
+
+
+def _reexec(arguments: argparse.Namespace) -> None:
+    from services.shim import reexec
+
+    if arguments.check:
+        sys.stdout.write(f"{reexec.check()}\n")
+        return
+
+    async def run(successor: reexec.Successor) -> None:
+        from services.shim.config import ShimConfig
+        from services.shim.factory import run_shim
+        from services.shim.metrics import ShimMetrics
+
+        config = ShimConfig.from_request(successor.document["config"])
+        await run_shim(config, ShimMetrics(), lambda _answer: None, successor)
+
+    reexec.take_over(arguments.state, arguments.failure, run)
 
 
 def _probe(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -32,7 +32,9 @@ from services.shim.clients.events import timestamp
 from services.shim.clients.registry import PROTOCOL, RegistryClient
 from services.shim.container import Surroundings
 from services.shim.reaper import Reaper
+from services.shim.reexec import Attempt, Reexecution, find_listener
 from services.shim.rpc.control import ControlService
+from services.shim.rpc.gate import Gate
 from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
 from services.shim.spool import Spool
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from services.shim.config import ShimConfig
+    from services.shim.handover import Outgoing
     from services.shim.metrics import ShimMetrics
     from services.shim.process import Process, Status
+    from services.shim.reexec import Successor
 
 log = structlog.get_logger(__name__)
 
@@ -54,7 +58,10 @@ _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Shim:
     """One shim. Make it inside the event loop, then ``run`` it."""
 
-    def __init__(self, config: ShimConfig, metrics: ShimMetrics) -> None:
+    def __init__(
+        self, config: ShimConfig, metrics: ShimMetrics, successor: Successor | None = None
+    ) -> None:
+        self._successor = successor
         self._config = config
         self._metrics = metrics
         self._bundle = Bundle(config.bundle)
@@ -83,6 +90,14 @@ class Shim:
             epoch=self._tasks.epoch,
             epoch_seen=self._keep_epoch,
         )
+        self._gate = Gate()
+        self._reexecution = Reexecution(
+            gate=self._gate,
+            tasks=self._tasks,
+            reaper=self._reaper,
+            attempt=successor.attempt if successor is not None else Attempt(),
+            pack=self._pack,
+        )
         self._server = self._build_server()
         self._boot_id = linux.boot_id()
         self._start_time = linux.process_start_time(os.getpid()) or 0
@@ -92,9 +107,12 @@ class Shim:
         loop = asyncio.get_running_loop()
         for signum in _FINAL_SIGNALS:
             loop.add_signal_handler(signum, self._signalled, signum)
-        self._reaper.start()
         async with self._background:
-            await self._server.start()
+            if self._successor is None:
+                self._reaper.start()
+                await self._server.start()
+            else:
+                await self._take_over(self._successor)
             self._write_identity()
             serving(self._identity())
             log.info("shim serves", socket=str(self._config.socket), version=VERSION)
@@ -105,13 +123,48 @@ class Shim:
         self._reaper.stop()
         log.info("shim ends")
 
+    async def _take_over(self, successor: Successor) -> None:
+        """Go on where an earlier image of this process was."""
+        document = successor.document
+        self._gate.shut()
+        self._spool.unpack(document["spool"])
+        self._tasks.unpack(document["tasks"])
+        self._reaper.zombies_reaped = document["zombies_reaped"]
+        self._metrics.generation.set(successor.attempt.generation)
+        await self._server.start()
+        self._tasks.save()
+        successor.commit()
+        self._reaper.start()
+        self._tasks.go_on()
+        self._reexecution.attempt = successor.attempt
+        self._gate.open()
+        log.info(
+            "shim took over",
+            generation=successor.attempt.generation,
+            downtime_us=successor.attempt.downtime_us,
+            version_before=document["version"],
+            failure=successor.attempt.failure,
+        )
+
+    def _pack(self, out: Outgoing) -> dict[str, Any]:
+        return {
+            "config": self._config.to_request(),
+            "listener": out.fd(find_listener(self._config.socket)),
+            "tasks": self._tasks.pack(out),
+            "spool": self._spool.pack(),
+            "zombies_reaped": self._reaper.zombies_reaped,
+        }
+
     def _build_server(self) -> RpcServer:
         task = TaskService(self._tasks)
-        control = ControlService(self._config, self._tasks, self._registry, self._page)
+        control = ControlService(
+            self._config, self._tasks, self._registry, self._page, self._reexecution
+        )
         return RpcServer(
             tier="shim",
             socket=self._config.socket,
             metrics=self._metrics.server,
+            interceptors=[self._gate],
             services=[
                 Service(
                     shim_pb2_grpc.add_TaskServicer_to_server,

@@ -12,7 +12,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +36,23 @@ class Cgroup:
     controllers: Mapping[str, Path]
     unified: Path | None
     own: bool
+
+    def pack(self) -> dict[str, Any]:
+        """The cgroup as plain data, for :meth:`unpack`."""
+        return {
+            "controllers": {name: str(path) for name, path in self.controllers.items()},
+            "unified": str(self.unified) if self.unified is not None else None,
+            "own": self.own,
+        }
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+        """The cgroup that was packed."""
+        return cls(
+            controllers={name: Path(path) for name, path in saved["controllers"].items()},
+            unified=Path(saved["unified"]) if saved["unified"] is not None else None,
+            own=saved["own"],
+        )
 
     def processes(self) -> list[int]:
         """Pids of everything inside, nested cgroups included; empty when it is gone."""

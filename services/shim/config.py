@@ -34,6 +34,7 @@ class ShimConfig:
         request_id: request that it is started for, for the log.
         log_level: one of debug, info, warning, error.
         runtime_timeout_s: time after which a runtime that has not answered is killed.
+        come_up_limit_s: time in which a new version has to serve before it is rolled back.
         linger_s: time that a shim without containers waits for Shutdown before it ends by itself.
     """
 
@@ -48,6 +49,7 @@ class ShimConfig:
     log_level: str = "info"
     runtime_timeout_s: float = 60.0
     linger_s: float = 10.0
+    come_up_limit_s: float = 15.0
 
     @classmethod
     def from_request(cls, request: Mapping[str, object]) -> ShimConfig:
@@ -68,9 +70,14 @@ class ShimConfig:
             )
         return cls(**values)  # type: ignore[arg-type]  # _checked gave each its type
 
+    def to_request(self) -> dict[str, object]:
+        """The request that these settings can be had back from."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
 
 _PATHS = frozenset({"bundle", "socket", "registry"})
-_SECONDS = frozenset({"runtime_timeout_s", "linger_s"})
+_SECONDS = frozenset({"runtime_timeout_s", "linger_s", "come_up_limit_s"})
 _REQUIRED = frozenset({"namespace", "id", "bundle", "socket", "registry", "instance_id"})
 
 

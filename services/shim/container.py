@@ -21,10 +21,12 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.common import mounts
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -33,19 +35,20 @@ from services.common.errors import (
     TheseusError,
 )
 from services.shim import bundle as bundles
-from services.shim import cgroups, events, launch, mounts
+from services.shim import cgroups, events, launch
 from services.shim.events import Event
 from services.shim.process import Action, ExitRecord, Process, Status, exit_fields
 from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from services.common.background import Background
+    from services.common.mounts import Mount
     from services.shim.bundle import Bundle
     from services.shim.events import EventSink
-    from services.shim.metrics import ShimMetrics
-    from services.shim.mounts import Mount
+    from services.shim.handover import Outgoing
+    from services.shim.measures import Measures
     from services.shim.reaper import Exit, Reaper, Window
     from services.shim.runtimes.runtime import Runtime, RuntimeOptions
     from services.shim.stdio.uris import Stdio
@@ -64,7 +67,7 @@ class Surroundings:
     namespace: str
     reaper: Reaper
     events: EventSink
-    metrics: ShimMetrics
+    metrics: Measures
     background: Background
 
 
@@ -98,6 +101,12 @@ class Container:
         self._init_is_gone = False
         self._oom_kills = 0
         self._cleanup: asyncio.Task[None] | None = None
+        self._work: set[asyncio.Task[None]] = set()
+
+    @property
+    def work(self) -> set[asyncio.Task[None]]:
+        """What is under way on the container's own account: the handling of exits, the cleanup."""
+        return set(self._work)
 
     def process(self, exec_id: str) -> Process:
         """Init (empty ``exec_id``) or an exec process.
@@ -183,6 +192,7 @@ class Container:
         self.init.check(Action.EXEC)
         self.execs[exec_id] = Process(self.id, exec_id, stdio)
         self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
+        self._changed()
         self._emit(events.TASK_EXEC_ADDED, {"container_id": self.id, "exec_id": exec_id})
 
     async def kill(self, process: Process, signum: int, *, all_processes: bool) -> None:
@@ -287,11 +297,62 @@ class Container:
         """What a successor of this process has to know; goes into ``state.json``."""
         return {
             "id": self.id,
+            "bundle": str(self.bundle.path),
             "runtime": self.options.binary,
             "runtime_root": str(self.options.root),
-            "rootfs_mounted": bool(self._rootfs),
+            "options": asdict(self.options) | {"root": str(self.options.root)},
+            "rootfs": [asdict(mount) for mount in self._rootfs],
+            "own_pid_namespace": self._own_pid_namespace,
+            "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
+            "oom_kills": self._oom_kills,
             "processes": [p.state() for p in (self.init, *self.execs.values())],
+            "specs": {
+                exec_id: spec
+                for exec_id, spec in self._specs.items()
+                if self.execs[exec_id].status is Status.CREATED
+            },
         }
+
+    async def pause_io(self) -> None:
+        """Take no output any more, and let what was taken get to its place."""
+        for process in (self.init, *self.execs.values()):
+            if process.io is not None:
+                await process.io.pause()
+
+    def resume_io(self) -> None:
+        """Go on with the output."""
+        for process in (self.init, *self.execs.values()):
+            if process.io is not None:
+                process.io.resume()
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with; while its output is paused."""
+        streams = {
+            process.exec_id: process.io.pack(out)
+            for process in (self.init, *self.execs.values())
+            if process.io is not None
+        }
+        return {**self.state(), "io": streams}
+
+    def unpack(self, saved: Mapping[str, Any]) -> None:
+        """Become what ``saved`` describes, its output paused; ``pack`` or ``state`` made it."""
+        self._own_pid_namespace = saved["own_pid_namespace"]
+        self._oom_kills = saved["oom_kills"]
+        if saved["cgroup"] is not None:
+            self.cgroup = cgroups.Cgroup.unpack(saved["cgroup"])
+        self._specs = dict(saved["specs"])
+        for entry in saved["processes"]:
+            process = Process.unpack(self.id, entry)
+            if process.exec_id:
+                self.execs[process.exec_id] = process
+            else:
+                self.init = process
+                self._init_is_gone = process.exit is not None
+            if (streams := saved["io"].get(process.exec_id)) is not None:
+                process.io = self._new_io(process.stdio)
+                process.io.unpack(streams, self._around.reaper)
+            if process.pid and process.exit is None:
+                self._around.reaper.adopt(process.pid, self._watcher(process))
 
     def _take_init(self, pid: int, master: int, window: Window) -> None:
         assert self.init.io is not None
@@ -301,7 +362,7 @@ class Container:
         self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
         self._emit(events.TASK_CREATE, self._create_fields(pid))
-        self._around.reaper.watch(pid, self._init_ended, window)
+        self._around.reaper.watch(pid, self._watcher(self.init), window)
 
     def _create_fields(self, pid: int) -> dict[str, object]:
         stdio = self.init.stdio
@@ -335,9 +396,7 @@ class Container:
                     events.TASK_EXEC_STARTED,
                     {"container_id": self.id, "exec_id": process.exec_id},
                 )
-                self._around.reaper.watch(
-                    pid, lambda ended: self._exec_ended(process, ended), window
-                )
+                self._around.reaper.watch(pid, self._watcher(process), window)
             undo.pop_all()
 
     def _started(self, process: Process, topic: str, fields: dict[str, object]) -> None:
@@ -345,12 +404,21 @@ class Container:
         self._changed()
         self._emit(topic, {**fields, "pid": process.pid})
 
+    def _watcher(self, process: Process) -> Callable[[Exit], None]:
+        return self._init_ended if process is self.init else partial(self._exec_ended, process)
+
     def _init_ended(self, ended: Exit) -> None:
         self._init_is_gone = True
-        self._around.background.start(self._handle_init_exit(ended), name="init exit")
+        self._do(self._handle_init_exit(ended), name="init exit")
 
     def _exec_ended(self, process: Process, ended: Exit) -> None:
-        self._around.background.start(self._handle_exit(process, ended), name="exec exit")
+        self._do(self._handle_exit(process, ended), name="exec exit")
+
+    def _do(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        task = self._around.background.start(work, name=name)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
 
     async def _handle_init_exit(self, ended: Exit) -> None:
         if not self._own_pid_namespace and self.cgroup is not None:
@@ -359,7 +427,7 @@ class Container:
                 log.error("processes of the container do not die", container_id=self.id)
         await self._wait_for_execs()
         await self._handle_exit(self.init, ended)
-        self._cleanup = self._around.background.start(self._clean_up(), name="clean up")
+        self._cleanup = self._do(self._clean_up(), name="clean up")
 
     async def _wait_for_execs(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -421,6 +489,9 @@ class Container:
             metrics=self._around.metrics,
             background=self._around.background,
         )
+
+    def _new_io(self, stdio: Stdio) -> ProcessIo:
+        return ProcessIo(stdio, self._around.metrics, self._around.background)
 
     async def _discard_io(self, process: Process) -> None:
         if process.io is not None:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from services.shim.reexec import Successor
+
 log = structlog.get_logger(__name__)
 
 REQUEST_MAX_BYTES = 65536
@@ -213,14 +215,17 @@ def run_child(
 
 
 async def run_shim(
-    config: ShimConfig, metrics: ShimMetrics, serving: Callable[[dict[str, object]], None]
+    config: ShimConfig,
+    metrics: ShimMetrics,
+    serving: Callable[[dict[str, object]], None],
+    successor: Successor | None = None,
 ) -> None:
-    """Run a shim in this process."""
+    """Run a shim in this process, or go on with one as its ``successor``."""
     logs.configure("shim", config.log_level)
     structlog.contextvars.bind_contextvars(namespace=config.namespace, shim_id=config.id)
-    if config.request_id:
+    if config.request_id and successor is None:
         log.info("shim starts", request_id=config.request_id)
-    await Shim(config, metrics).run(serving)
+    await Shim(config, metrics, successor).run(serving)
 
 
 def _detach(config: ShimConfig) -> None:

@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
+from services.common import linux
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from services.shim.reaper import Exit
     from services.shim.stdio.process_io import ProcessIo
-    from services.shim.stdio.uris import Stdio
 
 
 class Status(StrEnum):
@@ -104,6 +105,17 @@ class ExitRecord:
     usage: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
+    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+        """The record that ``dataclasses.asdict`` made plain data of."""
+        return cls(
+            status=saved["status"],
+            exited_at_ns=saved["exited_at_ns"],
+            signal=saved["signal"],
+            oom_killed=saved["oom_killed"],
+            usage=saved["usage"],
+        )
+
+    @classmethod
     def of(cls, ended: Exit, *, oom_killed: bool) -> ExitRecord:
         """The record of an exit that was reaped."""
         return cls(
@@ -132,6 +144,7 @@ class Process:
         self.stdio = stdio
         self.status = Status.CREATED
         self.pid = 0
+        self.start_time = 0
         self.io: ProcessIo | None = None
         self.exit: ExitRecord | None = None
         self.lock = asyncio.Lock()
@@ -172,6 +185,7 @@ class Process:
     def created(self, pid: int) -> None:
         """Take the process that the runtime made; it is our child, so the pid is still its own."""
         self.pid = pid
+        self.start_time = linux.process_start_time(pid) or 0
         # Gone already: its end is in the reaper's window.
         with contextlib.suppress(ProcessLookupError):
             self._pidfd = os.pidfd_open(pid)
@@ -219,12 +233,29 @@ class Process:
             raise NotFound(f"process '{self.id}' was deleted before it was started")
         return self.exit
 
+    @classmethod
+    def unpack(cls, container_id: str, saved: Mapping[str, Any]) -> Self:
+        """The process that ``state`` described, without its streams."""
+        stdio = Stdio(saved["stdin"], saved["stdout"], saved["stderr"], saved["terminal"])
+        process = cls(container_id, saved["exec_id"], stdio)
+        process.status = Status(saved["status"])
+        process.pid = saved["pid"]
+        process.start_time = saved["start_time"]
+        if saved["exit"] is not None:
+            process.exit = ExitRecord.unpack(saved["exit"])
+            process._ended.set()
+        elif process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                process._pidfd = os.pidfd_open(process.pid)
+        return process
+
     def state(self) -> dict[str, object]:
         """What a successor of the shim has to know of it; goes into ``state.json``."""
         record = self.exit
         return {
             "exec_id": self.exec_id,
             "pid": self.pid,
+            "start_time": self.start_time,
             "status": str(self.status),
             "stdin": self.stdio.stdin,
             "stdout": self.stdio.stdout,
@@ -232,6 +263,7 @@ class Process:
             "terminal": self.stdio.terminal,
             "exit_status": record.status if record else None,
             "exited_at_ns": record.exited_at_ns if record else None,
+            "exit": asdict(record) if record else None,
         }
 
     def _close_pidfd(self) -> None:

@@ -102,6 +102,8 @@ class Reaper:
         linux.set_child_subreaper()
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        # Children of an earlier image may have ended while nobody listened.
+        self._loop.call_soon(self._reap)
 
     def stop(self) -> None:
         """Listen no more."""
@@ -155,6 +157,19 @@ class Reaper:
             ended(early)
         else:
             self._watches[pid] = ended
+
+    def adopt(self, pid: int, ended: Callable[[Exit], None]) -> None:
+        """Call ``ended`` at the end of a child of an earlier image; before ``start``."""
+        self._watches[pid] = ended
+
+    def expect(self, pid: int | None) -> asyncio.Future[Exit]:
+        """The end of a child of an earlier image, or of none, which is past; before ``start``."""
+        future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        if pid is None:
+            finish(future, Exit(0, 0, time.time_ns()))
+        else:
+            self.adopt(pid, partial(finish, future))
+        return future
 
     def forget(self, pid: int) -> None:
         """Watch a process no more; it is still reaped."""

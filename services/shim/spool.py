@@ -15,14 +15,14 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from services.shim.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 log = structlog.get_logger(__name__)
@@ -43,10 +43,18 @@ class Spool:
     Args:
         directory: made if it does not exist.
         write_failed: called for each event that only memory holds.
+        keep: hold events in memory too, since the directory may be removed before they are taken.
     """
 
-    def __init__(self, directory: Path, write_failed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        write_failed: Callable[[], None] = lambda: None,
+        *,
+        keep: bool = False,
+    ) -> None:
         self._directory = directory
+        self._keep = keep
         self._write_failed = write_failed
         directory.mkdir(mode=0o711, exist_ok=True)
         kept = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
@@ -56,6 +64,18 @@ class Spool:
         self._held: set[int] = set()
         self._memory: dict[int, SpooledEvent] = {}
         self._changed = asyncio.Event()
+
+    def pack(self) -> dict[str, Any]:
+        """What the next image of the shim cannot see in the directory."""
+        memory = [_document(spooled) for spooled in self._memory.values()]
+        return {"acked": self._acked, "memory": memory}
+
+    def unpack(self, saved: Mapping[str, Any]) -> None:
+        """Take over what an earlier image knew."""
+        self._acked = saved["acked"]
+        for entry in saved["memory"]:
+            self._memory[entry["seq"]] = _spooled(entry)
+            self.last_seq = max(self.last_seq, entry["seq"])
 
     @property
     def first_seq(self) -> int:
@@ -80,6 +100,8 @@ class Spool:
             self._memory[seq] = spooled
             self._write_failed()
             log.error("spool write failed, event kept in memory", seq=seq, error=str(error))
+        if self._keep:
+            self._memory[seq] = spooled
         self.last_seq = seq
         self._held.add(seq)
         return seq
@@ -122,20 +144,24 @@ class Spool:
     def _load(self, seq: int) -> SpooledEvent:
         if seq in self._memory:
             return self._memory[seq]
-        data = json.loads((self._directory / str(seq)).read_bytes())
-        return SpooledEvent(seq, data["timestamp_ns"], Event(data["topic"], data["fields"]))
+        return _spooled(json.loads((self._directory / str(seq)).read_bytes()))
 
     def _write(self, spooled: SpooledEvent) -> None:
         temporary = self._directory / f"{spooled.seq}.tmp"
-        temporary.write_text(
-            json.dumps(
-                {
-                    "seq": spooled.seq,
-                    "timestamp_ns": spooled.timestamp_ns,
-                    "topic": spooled.event.topic,
-                    "fields": dict(spooled.event.fields),
-                }
-            )
-        )
+        temporary.write_text(json.dumps(_document(spooled)))
         temporary.rename(self._directory / str(spooled.seq))
         self._files.add(spooled.seq)
+
+
+def _document(spooled: SpooledEvent) -> dict[str, Any]:
+    return {
+        "seq": spooled.seq,
+        "timestamp_ns": spooled.timestamp_ns,
+        "topic": spooled.event.topic,
+        "fields": dict(spooled.event.fields),
+    }
+
+
+def _spooled(document: Mapping[str, Any]) -> SpooledEvent:
+    event = Event(document["topic"], document["fields"])
+    return SpooledEvent(document["seq"], document["timestamp_ns"], event)

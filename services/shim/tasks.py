@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.mounts import Mount
 from services.shim.bundle import Bundle
 from services.shim.container import Container, Surroundings
 from services.shim.runtimes.runc import RuncRuntime
+from services.shim.runtimes.runtime import RuntimeOptions
+from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping, Sequence
 
-    from services.shim.mounts import Mount
+    from services.shim.handover import Outgoing
     from services.shim.process import Process
-    from services.shim.runtimes.runtime import RuntimeOptions
-    from services.shim.stdio.uris import Stdio
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +83,7 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
         self.epoch = 0
         self.emptied = asyncio.Event()
+        self._was_emptied = False
         self.shutdown = asyncio.Event()
         self.shutdown_now = asyncio.Event()
 
@@ -140,6 +142,14 @@ class Tasks:
         """Delete a process; with init goes the container."""
         await self._to_the_end(self._delete(container, process))
 
+    def complete(self, options: RuntimeOptions) -> RuntimeOptions:
+        """Options with the shim's defaults for what they leave open."""
+        binary = options.binary or self._default_runtime
+        root = options.root
+        if root == Path():
+            root = self._runtime_state / Path(binary).name
+        return replace(options, binary=binary, root=root / self._around.namespace)
+
     def request_shutdown(self, *, now: bool) -> None:
         """End the shim once it is empty; does nothing while there are containers, as upstream."""
         if len(self):
@@ -159,29 +169,73 @@ class Tasks:
         except OSError as error:
             log.warning("state file cannot be written", error=error.strerror)
 
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with; while quiet and paused."""
+        return {
+            "containers": [container.pack(out) for container in self._containers.values()],
+            "epoch": self.epoch,
+            "shutdown": self.shutdown.is_set(),
+            "emptied": self._was_emptied,
+        }
+
+    def unpack(self, saved: Mapping[str, Any]) -> None:
+        """Take over from an earlier image; ``go_on`` begins to copy output."""
+        self.epoch = max(self.epoch, saved["epoch"])
+        for entry in saved["containers"]:
+            options = entry["options"] | {"root": Path(entry["options"]["root"])}
+            container = self._make(
+                entry["id"],
+                Bundle(Path(entry["bundle"])),
+                RuntimeOptions(**options),
+                stdio=Stdio(),
+                rootfs=[
+                    Mount(**mount | {"options": tuple(mount["options"])})
+                    for mount in entry["rootfs"]
+                ],
+            )
+            container.unpack(entry)
+            self._containers[container.id] = container
+        if saved["shutdown"]:
+            self.shutdown.set()
+        if saved["emptied"]:
+            self._note_emptied()
+
+    async def quiet(self) -> None:
+        """Wait until nothing is under way and what was read has reached its place.
+
+        Between the return and the next await nothing is read, spawned or reaped.
+
+        Raises:
+            TimeoutError: a disk is too slow.
+        """
+        while True:
+            await self.finish()
+            for container in self.all():
+                await container.pause_io()
+            if not self._under_way():
+                return
+
+    def go_on(self) -> None:
+        """Go on with the output, after ``quiet`` or ``unpack``."""
+        for container in self._containers.values():
+            container.resume_io()
+
     async def finish(self) -> None:
-        """Wait for the calls that are under way."""
-        while self._running:
-            await asyncio.wait(list(self._running))
+        """Wait for the calls that are under way, and for what exits have set off."""
+        while tasks := self._under_way():
+            await asyncio.wait(tasks)
+
+    def _under_way(self) -> set[asyncio.Task[Any]]:
+        return self._running.union(*(container.work for container in self.all()))
 
     async def _create(self, request: CreateRequest) -> Container:
-        bundle = Bundle(request.bundle)
-        options = self._complete(request.options)
-        container = Container(
+        options = self.complete(request.options)
+        container = self._make(
             request.id,
-            bundle=bundle,
-            runtime=RuncRuntime(
-                request.id,
-                options,
-                log_file=bundle.runtime_log,
-                reaper=self._around.reaper,
-                timeout_s=self._runtime_timeout_s,
-            ),
-            options=options,
+            Bundle(request.bundle),
+            options,
             stdio=request.stdio,
             rootfs=request.rootfs,
-            surroundings=self._around,
-            changed=self.save,
         )
         self._creating.add(request.id)
         try:
@@ -193,20 +247,43 @@ class Tasks:
         self.save()
         return container
 
+    def _make(
+        self,
+        container_id: str,
+        bundle: Bundle,
+        options: RuntimeOptions,
+        *,
+        stdio: Stdio,
+        rootfs: Sequence[Mount],
+    ) -> Container:
+        return Container(
+            container_id,
+            bundle=bundle,
+            runtime=RuncRuntime(
+                container_id,
+                options,
+                log_file=bundle.runtime_log,
+                reaper=self._around.reaper,
+                timeout_s=self._runtime_timeout_s,
+            ),
+            options=options,
+            stdio=stdio,
+            rootfs=rootfs,
+            surroundings=self._around,
+            changed=self.save,
+        )
+
     async def _delete(self, container: Container, process: Process) -> None:
         await container.delete(process)
         if process is container.init:
             self._containers.pop(container.id, None)
             self.save()
             if not len(self):
-                self.emptied.set()
+                self._note_emptied()
 
-    def _complete(self, options: RuntimeOptions) -> RuntimeOptions:
-        binary = options.binary or self._default_runtime
-        root = options.root
-        if root == Path():
-            root = self._runtime_state / Path(binary).name
-        return replace(options, binary=binary, root=root / self._around.namespace)
+    def _note_emptied(self) -> None:
+        self._was_emptied = True
+        self.emptied.set()
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.get_running_loop().create_task(work)

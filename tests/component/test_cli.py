@@ -1,5 +1,6 @@
 """The `theseus` command as a process of its own, against a daemon that plays containers."""
 
+import asyncio
 import json
 import os
 import signal
@@ -189,6 +190,27 @@ async def test_signals_go_to_the_process(cli, daemon):
     process.send_signal(signal.SIGINT)
     assert await process.stdout.readline() == b"SIGINT\n"
     assert await process.wait() == 3
+
+
+async def test_an_interrupt_before_the_start_goes_to_the_process(cli, daemon):
+    daemon.hold_start = asyncio.Event()
+    process = await cli.spawn("run", "busybox", "trap", "1")
+    await until(lambda: daemon.asked("Start"))
+    process.send_signal(signal.SIGINT)
+    daemon.hold_start.set()
+    out, err = await process.communicate()
+    assert (process.returncode, out, err) == (3, b"SIGINT\n", b"")
+
+
+async def test_who_insists_before_the_start_leaves_nothing(cli, daemon):
+    daemon.hold_start = asyncio.Event()
+    process = await cli.spawn("run", "--rm", "busybox", "sleep")
+    await until(lambda: daemon.asked("Start"))
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        await asyncio.sleep(0.1)  # signals that come at once are one
+    assert await process.wait() == 130
+    assert daemon.asked("Remove")
 
 
 async def test_the_third_interrupt_ends_the_command(cli, daemon):

@@ -146,6 +146,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
         self.request_ids = []
         self.cut_after = None
         self.vanish_after_start = False
+        self.hold_start = None
         self.attaches = 0
         self.loaded = b""
         self._volumes = {}
@@ -249,6 +250,8 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
 
     async def Start(self, request, context):
         self.called("Start", request)
+        if self.hold_start is not None:
+            await self.hold_start.wait()
         record = self.find(request.container)
         if record.message.state == pb.CONTAINER_STATE_RUNNING:
             return pb.StartContainerResponse()

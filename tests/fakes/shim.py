@@ -122,6 +122,7 @@ class FakeShim(
         self._start_time = 0
         self._server: grpc.aio.Server | None = None
         self._registration: asyncio.Task[None] | None = None
+        self._stopping = False
         self._news = asyncio.Event()
         self._called = asyncio.Event()
 
@@ -136,7 +137,9 @@ class FakeShim(
 
     @property
     def alive(self) -> bool:
-        return self._stand_in is not None and self._stand_in.returncode is None
+        if self._stand_in is None:
+            return False
+        return linux.process_start_time(self._stand_in.pid) == self._start_time
 
     async def start(self) -> None:
         """Come up: process, socket, shim.json, registration."""
@@ -168,18 +171,20 @@ class FakeShim(
 
     async def stop_registering(self) -> None:
         if self._registration is not None:
+            self._stopping = True  # a call that ends at the same time swallows the cancellation
             self._registration.cancel()
             with suppress(asyncio.CancelledError):
                 await self._registration
             self._registration = None
+            self._stopping = False
 
     async def die(self) -> None:
         """What SIGKILL does to a shim: its containers' processes run on."""
         await self.stop_registering()
         await self.stop_serving()
-        if self.alive:
-            assert self._stand_in is not None
-            self._stand_in.kill()
+        if self._stand_in is not None:
+            if self.alive:
+                self._stand_in.kill()
             await self._stand_in.wait()
 
     async def reexec(self) -> None:
@@ -303,7 +308,7 @@ class FakeShim(
         )
 
     async def _register_forever(self) -> None:
-        while True:
+        while not self._stopping:
             if self.registering and self.registry.exists():
                 async with grpc.aio.insecure_channel(
                     f"unix:{self.registry}", options=[("grpc.use_local_subchannel_pool", 1)]
@@ -312,6 +317,8 @@ class FakeShim(
                         await self._register(registry_pb2_grpc.RegistryStub(channel))
                     except grpc.aio.AioRpcError as error:
                         self.endings.append(error.code())
+                    except asyncio.InvalidStateError:  # the stream ended before a write
+                        continue
                     except FileNotFoundError:  # the bundle is gone from under it
                         return
             self._news.set()

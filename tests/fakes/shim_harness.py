@@ -26,6 +26,7 @@ from protos.theseus.shim.v1 import (
     streams_pb2_grpc,
 )
 from services.common.client import connect
+from services.common.errors import Unavailable
 from services.common.rpc_errors import translated
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -157,6 +158,23 @@ class RunningShim:
     async def info(self):
         """Who it is."""
         return await self.control.Info(control_pb2.InfoRequest(), timeout=CALL_LIMIT_S)
+
+    async def reexec(self, *program: str, limit_s: float = 60):
+        """Have it execute ``program`` in place, asking again while the connection is broken."""
+        generation = (await self.patient(self.control.Info, control_pb2.InfoRequest())).generation
+        request = control_pb2.ReexecRequest(program=program, generation=generation + 1)
+        return await self.patient(self.control.Reexec, request, limit_s=limit_s)
+
+    async def patient(self, method, request, *, limit_s: float = 60):
+        """A call that is made again for as long as it ends with UNAVAILABLE."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                with translated():
+                    return await method(request, timeout=limit_s)
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
 
     async def ended(self, limit_s: float = 10) -> None:
         """Wait until the process is gone."""

@@ -16,13 +16,13 @@ from protos.containerd.services.streaming.v1 import streaming_pb2, streaming_pb2
 from protos.containerd.services.transfer.v1 import transfer_pb2, transfer_pb2_grpc
 from services.common.errors import AlreadyExists, NotFound
 from services.common.metrics import ServerMetrics
+from services.common.mounts import Mount
 from services.common.server import RpcServer, Service
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import digest_of
 from services.containerd.content.local import LocalContentStore
 from services.containerd.gc.lock import GcLock
 from services.containerd.images.archive import ArchiveReader
-from services.containerd.mounts import Mount
 from services.containerd.remotes.distribution import DistributionRegistries
 from services.containerd.remotes.http import HttpLimits
 from services.containerd.remotes.retry import RetryPolicy

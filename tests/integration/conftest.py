@@ -4,10 +4,8 @@ The engine is `theseus up` in a directory with a short path, beside a registry o
 a busybox.
 """
 
-import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -60,15 +58,7 @@ def whole_engine(home, registry_address, busybox):
         keep = os.environ.get("THESEUS_TEST_LOG")
         if keep:
             shutil.copy(home / "up.log", keep)
-    # Bridge and table stay for containers that outlive `theseus up`; there are none left here.
-    subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
-    for line in leaks.taken().beyond(before):
-        kind, _, name = line.partition(": ")
-        if kind == "nft":
-            subprocess.run(["nft", "delete", *name.split()], check=True)
-        if kind == "cgroups" and name.endswith(("/theseus", "/theseus/shims")):
-            with contextlib.suppress(OSError):
-                Path(name).rmdir()
+    leaks.clear(before)
 
 
 @pytest.fixture

@@ -13,6 +13,14 @@ import pytest
 
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.mounts import (
+    Mount,
+    MountFailed,
+    mount_all,
+    overlay_option,
+    temporary_mount,
+    unmount_all,
+)
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.content.local import LocalContentStore
 from services.containerd.diff.local_applier import LocalApplier
@@ -21,14 +29,6 @@ from services.containerd.diff.media_types import OCI_GZIP, OCI_TAR
 from services.containerd.diff.pool import WorkerPool
 from services.containerd.gc.lock import GcLock
 from services.containerd.metadata.schema import MIGRATIONS
-from services.containerd.mounts import (
-    Mount,
-    MountFailed,
-    mount_all,
-    overlay_option,
-    temporary_mount,
-    unmount_all,
-)
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from tests.fakes.layers import Member, folder, hardlink, layer, looks, read
 from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases

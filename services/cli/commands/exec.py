@@ -40,11 +40,15 @@ async def _exec(engine: Engine, options: Namespace) -> int:
         return 0
     start = pb.AttachStart(exec_id=identity, output=True, input=request.open_stdin)
     session = Session(engine, engine.execs.Attach, start, interactive=request.open_stdin)
+
+    async def start_attached() -> None:
+        await session.attach()
+        await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity))
+
     foreground = Foreground(session, tty=request.tty, interactive=request.open_stdin, forward=None)
     try:
-        await session.attach()
         async with foreground.taken():
-            await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity))
+            await foreground.unless_ended(start_attached())
             foreground.begin()
             return await foreground.until_exit(_exit(engine, identity))
     finally:

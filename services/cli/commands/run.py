@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from protos.theseus.engine.v1 import containers_pb2 as pb
@@ -19,6 +19,7 @@ from services.common.errors import NotFound, TheseusError
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import AsyncIterator
 
     from services.cli.engine import Engine
     from services.cli.parser import Parser
@@ -35,7 +36,8 @@ async def _run(engine: Engine, options: Namespace) -> int:
     config = container_config(options)
     if options.detach:
         identity = await _create(engine, options, config)
-        await _start(engine, identity, config)
+        async with _removed_unless_started(engine, identity, config):
+            await start_once(engine, identity)
         sys.stdout.write(f"{identity}\n")
         return 0
     if config.tty and config.open_stdin and not terminal.is_terminal(0):
@@ -52,11 +54,15 @@ async def _run_in_foreground(engine: Engine, identity: str, config: pb.Container
         request = pb.KillContainerRequest(container=identity, signal=name)
         return await engine.call(engine.containers.Kill, request)
 
+    async def start_attached() -> None:
+        await session.attach()
+        await start_once(engine, identity)
+
     foreground = Foreground(session, tty=config.tty, interactive=config.open_stdin, forward=forward)
     try:
-        await session.attach()
         async with foreground.taken():
-            await _start(engine, identity, config)
+            async with _removed_unless_started(engine, identity, config):
+                await foreground.unless_ended(start_attached())
             foreground.begin()
             ended = container_exit(engine, identity, removed=config.auto_remove)
             return await foreground.until_exit(ended)
@@ -81,15 +87,18 @@ async def _create(engine: Engine, options: Namespace, config: pb.ContainerConfig
     return answer.id
 
 
-async def _start(engine: Engine, identity: str, config: pb.ContainerConfig) -> None:
+@asynccontextmanager
+async def _removed_unless_started(
+    engine: Engine, identity: str, config: pb.ContainerConfig
+) -> AsyncIterator[None]:
+    """Remove a container that was to remove itself, and cannot since it never ran."""
     try:
-        await start_once(engine, identity)
-    except TheseusError:
+        yield
+    except BaseException:
         if config.auto_remove:
-            # It never ran, so nothing will remove it.
+            request = pb.RemoveContainerRequest(container=identity, force=True, volumes=True)
             with suppress(TheseusError):
-                remove = pb.RemoveContainerRequest(container=identity, force=True, volumes=True)
-                await engine.call(engine.containers.Remove, remove)
+                await engine.call(engine.containers.Remove, request)
         raise
 
 

@@ -75,18 +75,21 @@ async def _couple(
         request = pb.KillContainerRequest(container=container.id, signal=name)
         return await engine.call(engine.containers.Kill, request)
 
+    async def start_attached() -> None:
+        again = start and container.state != pb.CONTAINER_STATE_CREATED
+        if again:
+            # There is no new run to attach to yet; its output is kept from its beginning on.
+            await _start_again(engine, container)
+        await session.attach()
+        if start and not again:
+            await start_once(engine, container.id)
+
     foreground = Foreground(
         session, tty=container.config.tty, interactive=interactive, forward=forward
     )
     try:
-        if start and container.state != pb.CONTAINER_STATE_CREATED:
-            # There is no new run to attach to yet; its output is kept from its beginning on.
-            await _start_again(engine, container)
-            start = False
-        await session.attach()
         async with foreground.taken():
-            if start:
-                await start_once(engine, container.id)
+            await foreground.unless_ended(start_attached())
             foreground.begin()
             ended = container_exit(engine, container.id, removed=container.config.auto_remove)
             return await foreground.until_exit(ended)

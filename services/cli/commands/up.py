@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 from services.cli.commands import Command
 from services.cli.supervisor import Supervisor, Tier, program
 from services.common import log
+from services.common.root_lock import RootLock
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from services.cli.engine import Engine
     from services.cli.parser import Parser
+
+_OTHER_S = 0.5
+"""How long to wait for another ``up`` that is leaving the same root."""
 
 _LOCK_TIMEOUT_S = 10
 """How long a tier waits for one that is leaving the same root."""
@@ -46,7 +50,7 @@ async def _up(engine: Engine, options: Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, supervisor.stop)
-    async with supervisor:
+    async with RootLock(Path(options.root)).held(_OTHER_S), supervisor:
         await supervisor.ready()
         if not supervisor.stopping:
             sys.stdout.write(f"theseus is up: export THESEUS_HOST=unix://{daemon.socket}\n")

@@ -13,7 +13,7 @@ from protos.containerd.task.v3 import shim_pb2_grpc
 from protos.containerd.types import mount_pb2
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
 from services.common.client import connect
-from services.common.errors import DataLoss, Unavailable
+from services.common.errors import DataLoss, TheseusError, Unavailable
 from services.common.rpc_errors import translated
 from services.containerd.rpc.encoding import from_any, nanoseconds, to_any
 from services.containerd.tasks.shim import (
@@ -230,9 +230,12 @@ class ShimClient:
                 yield
         except grpc.aio.UsageError as error:  # the channel was closed while the call began
             raise self._unavailable() from error
+        except TheseusError:
+            if _is_cancelled():  # the call's end came first; our caller has to see the other
+                raise asyncio.CancelledError from None
+            raise
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_closed() or task is None or task.cancelling():
+            if not self._is_closed() or _is_cancelled():
                 raise
             raise self._unavailable() from None  # the closed channel cancelled it, not our caller
 
@@ -241,3 +244,8 @@ class ShimClient:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"the shim of task '{self._id}' went away during the call: try again")
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

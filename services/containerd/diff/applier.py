@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from services.common.mounts import Mount
     from services.containerd.content.descriptor import Descriptor
-    from services.containerd.mounts import Mount
 
 
 class Applier(Protocol):

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from services.common.mounts import Mount
     from services.containerd.content.store import ContentReader
     from services.containerd.diff.pool import WorkerPool
-    from services.containerd.mounts import Mount
 
 
 class LocalApplier:

@@ -19,9 +19,9 @@ from services.containerd.uninterrupted import uninterrupted
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from services.common.mounts import Mount
     from services.containerd.content.store import ContentInfo, ContentStore
     from services.containerd.diff.pool import WorkerPool
-    from services.containerd.mounts import Mount
 
 
 class LocalComparer:

@@ -12,11 +12,11 @@ import zstandard
 from isal import isal_zlib
 
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unimplemented
+from services.common.mounts import Mount, overlay_option, temporary_mount
 from services.containerd.diff import changes
 from services.containerd.diff.archive import LayerWriter
 from services.containerd.diff.changes import Change, NotSelfContained
 from services.containerd.diff.media_types import OCI_GZIP, OCI_TAR, OCI_ZSTD
-from services.containerd.mounts import Mount, overlay_option, temporary_mount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from services.common import linux
 from services.common.errors import FailedPrecondition, NotFound
+from services.common.mounts import Mount, overlay_option, parse_options, temporary_mount
 from services.containerd.diff.apply import LayerApplier
 from services.containerd.diff.limits import DEFAULT_LIMITS, Limits
 from services.containerd.diff.reader import TarReader
 from services.containerd.diff.stream import LayerStream
-from services.containerd.mounts import Mount, overlay_option, parse_options, temporary_mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,13 +68,13 @@ def _direct(mounts: Sequence[Mount]) -> tuple[Path | None, bool, list[Path]]:
     if len(mounts) != 1 or mounts[0].target:
         return None, False, []
     mount = mounts[0]
-    flags, options = parse_options(mount.options)
-    if flags & linux.MS_RDONLY:
+    options = parse_options(mount.options)
+    if options.flags & linux.MS_RDONLY:
         raise FailedPrecondition("a layer cannot be unpacked into a read-only snapshot")
     if mount.type == "bind":
         return Path(mount.source), False, []
-    upper = overlay_option(options, "upperdir")
-    if mount.type != "overlay" or not upper or "userxattr" in options:
+    upper = overlay_option(options.data, "upperdir")
+    if mount.type != "overlay" or not upper or "userxattr" in options.data:
         return None, False, []
-    lower = overlay_option(options, "lowerdir")
+    lower = overlay_option(options.data, "lowerdir")
     return Path(upper), True, [Path(path) for path in lower.split(":") if path]

@@ -25,9 +25,9 @@ import structlog
 
 from services.common import linux, log
 from services.common.errors import Internal, TheseusError
+from services.common.mounts import Mount
 from services.containerd.diff.pack import pack_layer
 from services.containerd.diff.unpack import unpack_layer
-from services.containerd.mounts import Mount
 
 if TYPE_CHECKING:
     from collections.abc import Callable

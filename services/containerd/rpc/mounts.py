@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protos.containerd.types import mount_pb2
-from services.containerd.mounts import Mount
+from services.common.mounts import Mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,9 +14,9 @@ from protos.containerd.types import metrics_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from protos.containerd.types.task import task_pb2
 from services.common.errors import InvalidArgument, Unimplemented
+from services.common.mounts import Mount
 from services.common.server import request_namespace
 from services.containerd import filters
-from services.containerd.mounts import Mount
 from services.containerd.rpc.encoding import (
     from_any,
     from_descriptor,

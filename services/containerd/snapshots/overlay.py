@@ -34,9 +34,9 @@ from services.common.errors import (
     NotFound,
     ResourceExhausted,
 )
+from services.common.mounts import Mount
 from services.containerd.content.labels import checked_labels
 from services.containerd.metadata import snapshots as rows
-from services.containerd.mounts import Mount
 from services.containerd.snapshots import tree
 from services.containerd.snapshots.idmap import mapped_root
 from services.containerd.snapshots.snapshotter import Kind, SnapshotInfo, Usage

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from services.containerd.mounts import Mount
+    from services.common.mounts import Mount
 
 INHERITED_LABEL_PREFIX = "containerd.io/snapshot/"
 

@@ -44,8 +44,8 @@ from services.containerd.uninterrupted import uninterrupted
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+    from services.common.mounts import Mount
     from services.containerd.containers.store import Container, ContainerStore
-    from services.containerd.mounts import Mount
     from services.containerd.tasks.bundle import Bundles
     from services.containerd.tasks.factory import ShimLauncher
     from services.containerd.tasks.journal import TaskJournal

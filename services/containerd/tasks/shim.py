@@ -19,7 +19,7 @@ from services.common.errors import NotFound
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from services.containerd.mounts import Mount
+    from services.common.mounts import Mount
     from services.containerd.typed import TypedValue
 
 

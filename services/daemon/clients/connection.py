@@ -41,11 +41,7 @@ _TRANSPORT_WORDS = (
 
 
 async def end_call(call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
-    """End a call whose requests were written one by one.
-
-    Behind an interceptor gRPC keeps a task that waits for the next request; cancelling a call that
-    has ended already would leave it waiting for ever.
-    """
+    """End a call whose requests were written one by one, whatever state it is in."""
     with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         await call.done_writing()
     call.cancel()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
 from services.common import VERSION
-from services.common.errors import FailedPrecondition, TheseusError
+from services.common.errors import FailedPrecondition, InvalidArgument, TheseusError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from services.shim.clients.registry import RegistryClient
     from services.shim.config import ShimConfig
+    from services.shim.reexec import Reexecution
     from services.shim.tasks import Tasks
 
     Context = ServicerContext[Any, Any]
@@ -29,6 +30,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         tasks: its containers.
         registry: its registration.
         page: renders the metrics.
+        reexecution: replaces the program.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class ControlService(control_pb2_grpc.ControlServicer):
         tasks: Tasks,
         registry: RegistryClient,
         page: Callable[[], bytes],
+        reexecution: Reexecution,
     ) -> None:
+        self._reexecution = reexecution
         self._config = config
         self._tasks = tasks
         self._registry = registry
@@ -59,7 +63,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             instance_id=self._config.instance_id,
             pid=os.getpid(),
             version=VERSION,
-            generation=0,
+            generation=self._reexecution.attempt.generation,
             runtime=await self._runtime(),
             epoch=self._registry.epoch,
             registered=self._registry.registered,
@@ -76,6 +80,20 @@ class ControlService(control_pb2_grpc.ControlServicer):
         log_file.reopen()
         await log_file.settle()
         return control_pb2.ReopenLogResponse()
+
+    async def Reexec(
+        self, request: control_pb2.ReexecRequest, context: Context
+    ) -> control_pb2.ReexecResponse:
+        """Execute another version of the program in place."""
+        if request.program and not request.program[0].startswith("/"):
+            raise InvalidArgument("the program must be an absolute path", field="program")
+        attempt = await self._reexecution.request(request.program, request.generation)
+        return control_pb2.ReexecResponse(
+            version=VERSION,
+            generation=attempt.generation,
+            pid=os.getpid(),
+            downtime_us=attempt.downtime_us,
+        )
 
     async def _runtime(self) -> str:
         containers = self._tasks.all()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.shim.runtimes.runtime import RuntimeMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from services.shim.reaper import Exit, Reaper
     from services.shim.runtimes.runtime import RuntimeStdio
@@ -57,7 +57,12 @@ class Outcome:
 
 
 async def run(
-    reaper: Reaper, argv: Sequence[str], *, stdio: RuntimeStdio | None, timeout_s: float
+    reaper: Reaper,
+    argv: Sequence[str],
+    *,
+    stdio: RuntimeStdio | None,
+    timeout_s: float,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Outcome:
     """Run a program to its end.
 
@@ -66,18 +71,19 @@ async def run(
         argv: an absolute path and arguments.
         stdio: streams to give it; None: nothing to read, and its output is collected.
         timeout_s: time after which it is killed.
+        environment: all of its environment.
 
     Raises:
         RuntimeMissing: it cannot be started.
     """
     if stdio is not None:
-        child = _spawn(reaper, argv, stdio.stdin, stdio.stdout, stdio.stderr)
+        child = _spawn(reaper, argv, (stdio.stdin, stdio.stdout, stdio.stderr), environment)
         return await _await(child, timeout_s, lambda: "")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     output, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(write_end, True)
-        child = _spawn(reaper, argv, null, write_end, write_end)
+        child = _spawn(reaper, argv, (null, write_end, write_end), environment)
     except BaseException:
         os.close(output)
         raise
@@ -123,11 +129,15 @@ class _Collector:
 
 
 def _spawn(
-    reaper: Reaper, argv: Sequence[str], stdin: int, stdout: int, stderr: int
+    reaper: Reaper,
+    argv: Sequence[str],
+    streams: tuple[int, int, int],
+    environment: Mapping[str, str],
 ) -> tuple[int, asyncio.Future[Exit]]:
+    stdin, stdout, stderr = streams
     try:
         return reaper.spawn(
-            argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=ENVIRONMENT
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=environment
         )
     except OSError as error:
         raise RuntimeMissing(

@@ -10,6 +10,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 EXTENTS_MAX = 32768
 
@@ -51,6 +55,17 @@ class Extents:
         following = number + 1
         end = self._entries[following][0] if following < len(self._entries) else None
         return Extent(start, end, stream, stream_start)
+
+    def pack(self) -> list[tuple[int, str, int]]:
+        """The record as plain data, for :meth:`unpack`."""
+        return list(self._entries)
+
+    @classmethod
+    def unpack(cls, entries: Iterable[tuple[int, str, int]]) -> Self:
+        """The record of an earlier image of the shim."""
+        extents = cls()
+        extents._entries.extend((start, stream, at) for start, stream, at in entries)
+        return extents
 
     def first_offset(self, default: int) -> int:
         """Joint offset of the oldest stretch that is known."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from services.common.errors import FailedPrecondition
+from services.shim.handover import data_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from services.shim.handover import Outgoing
 
 
 class FdSink:
@@ -62,6 +65,22 @@ class FdSink:
     async def close(self) -> None:
         """Give up what its reader did not take."""
         self._close()
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with."""
+        return {
+            "kind": "fd",
+            "fd": out.fd(self._fd),
+            "streams": self._streams,
+            "waiting": out.data(self._waiting),
+        }
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+        """The sink that was packed."""
+        sink = cls(saved["fd"], streams=saved["streams"])
+        sink.write("", data_of(saved["waiting"]))
+        return sink
 
     def _flush(self) -> None:
         try:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from services.common.errors import FailedPrecondition, OutOfRange
 from services.shim.futures import finish
+from services.shim.handover import data_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from services.shim.handover import Outgoing
 
 _READ_BYTES = 65536
 
@@ -36,6 +40,23 @@ class Input:
         self._writable: asyncio.Future[None] | None = None
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with."""
+        return {
+            "fd": out.fd(self._fd),
+            "terminal": self._terminal,
+            "taken": self.taken,
+            "broken": self._broken,
+        }
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+        """The input that was packed."""
+        source = cls(saved["fd"], terminal=saved["terminal"])
+        source.taken = saved["taken"]
+        source._broken = saved["broken"]
+        return source
 
     def take_over(self, writer: object) -> None:
         """Make ``writer`` the one whose input counts."""
@@ -114,22 +135,58 @@ class FifoInput:
     ends that, and the process then reads end of file once the last client is gone.
     """
 
-    def __init__(self, path: Path, target: Input) -> None:
+    def __init__(self, target: Input, *, fd: int, writer_fd: int, untaken: bytes = b"") -> None:
         self._target = target
+        self._fd = fd
+        self._writer_fd = writer_fd
+        # Read, and not yet taken from here on, where the input was `_untaken_at` bytes long.
+        self._untaken = untaken
+        self._untaken_at = target.taken
         self._loop = asyncio.get_running_loop()
+
+    @classmethod
+    def open(cls, path: Path, target: Input) -> Self:
+        """Open a FIFO, or a file.
+
+        Raises:
+            FailedPrecondition: it cannot be opened.
+        """
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise FailedPrecondition(
                 f"stdin '{path}' cannot be opened: {error.strerror}", field="stdin"
             ) from error
-        self._writer_fd = (
-            os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path.is_fifo() else -1
+        writer_fd = -1
+        if path.is_fifo():
+            writer_fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return cls(target, fd=fd, writer_fd=writer_fd)
+
+    def pack(self, out: Outgoing) -> dict[str, Any] | None:
+        """What the next image of the shim goes on with; None when the end of file was read."""
+        if self._fd < 0:
+            return None
+        return {
+            "fd": out.fd(self._fd),
+            "writer_fd": out.fd(self._writer_fd),
+            "untaken": out.data(self._untaken[self._target.taken - self._untaken_at :]),
+        }
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any], target: Input) -> Self:
+        """The copying that was packed."""
+        return cls(
+            target,
+            fd=saved["fd"],
+            writer_fd=saved["writer_fd"],
+            untaken=data_of(saved["untaken"]),
         )
 
     async def copy(self) -> None:
         """Copy until the end of file; runs as a task of its own."""
         try:
+            if self._untaken:
+                await self._target.write(self._untaken)
             while True:
                 try:
                     data = os.read(self._fd, _READ_BYTES)
@@ -138,9 +195,11 @@ class FifoInput:
                     continue
                 if not data:
                     break
+                self._untaken, self._untaken_at = data, self._target.taken
                 await self._target.write(data)
         finally:
             os.close(self._fd)
+            self._fd = -1
             self.release()
         self._target.end()
 

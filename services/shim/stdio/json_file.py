@@ -72,6 +72,15 @@ class LineSplitter:
         """Length of the unfinished line."""
         return len(self._rest)
 
+    @property
+    def rest(self) -> bytes:
+        """The unfinished line; may be set, to go on where another splitter was."""
+        return self._rest
+
+    @rest.setter
+    def rest(self, rest: bytes) -> None:
+        self._rest = rest
+
     def feed(self, data: bytes) -> Iterator[Run]:
         """Add output; gives the runs that are complete."""
         if self._rest:

@@ -18,18 +18,21 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import structlog
 
 from services.common.errors import FailedPrecondition
 from services.shim.futures import finish
+from services.shim.handover import data_of
 from services.shim.stdio import json_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from services.shim.handover import Outgoing
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +87,17 @@ class StreamIndex:
         end = self.places[number].offset if number < len(self.places) else self.written
         return (self.places[number - 1] if number else None), end
 
+    def pack(self) -> dict[str, Any]:
+        """The index as plain data, for :meth:`unpack`."""
+        places = [astuple(place) for place in self.places]
+        return {"written": self.written, "distance": self.distance, "places": places}
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+        """The index that was packed."""
+        places = [Place(*place) for place in saved["places"]]
+        return cls(saved["written"], places, saved["distance"])
+
     def _thin(self) -> None:
         """Forget every second place that is of the same kind as the one before it."""
         self.distance *= 2
@@ -128,6 +142,14 @@ class Format(Protocol):
         """What was left of a stream."""
         ...
 
+    def unfinished(self) -> dict[str, bytes]:
+        """By stream, what was fed and not given back yet: an unfinished line."""
+        ...
+
+    def resume(self, unfinished: Mapping[str, bytes]) -> None:
+        """Go on where another object, which ``unfinished`` is from, was."""
+        ...
+
 
 class JsonFileFormat:
     """docker's json-file lines."""
@@ -144,6 +166,15 @@ class JsonFileFormat:
         """See :meth:`Format.finish`."""
         splitter = self._splitters.setdefault(stream, json_file.LineSplitter())
         return self._format(splitter.finish(), stream, time_ns)
+
+    def unfinished(self) -> dict[str, bytes]:
+        """See :meth:`Format.unfinished`."""
+        return {stream: splitter.rest for stream, splitter in self._splitters.items()}
+
+    def resume(self, unfinished: Mapping[str, bytes]) -> None:
+        """See :meth:`Format.resume`."""
+        for stream, rest in unfinished.items():
+            self._splitters.setdefault(stream, json_file.LineSplitter()).rest = rest
 
     def _format(self, runs: Iterator[json_file.Run], stream: str, time_ns: int) -> Iterator[Chunk]:
         timestamp = json_file.format_time(time_ns)
@@ -165,6 +196,13 @@ class RawFormat:
         del stream, time_ns
         yield from ()
 
+    def unfinished(self) -> dict[str, bytes]:
+        """See :meth:`Format.unfinished`: nothing is kept back."""
+        return {}
+
+    def resume(self, unfinished: Mapping[str, bytes]) -> None:
+        """See :meth:`Format.resume`."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Item:
@@ -183,6 +221,7 @@ class LogWriter:
         max_files: files kept.
         block_on_full: wait for space instead of dropping.
         dropped: called in the event loop with a stream and the bytes of it that were dropped.
+        saved: what :meth:`pack` gave in an earlier image of the shim, to go on with.
 
     Raises:
         FailedPrecondition: the file cannot be opened.
@@ -197,6 +236,7 @@ class LogWriter:
         max_files: int = 1,
         block_on_full: bool = False,
         dropped: Callable[[str, int], None] = lambda _stream, _count: None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.generation = 0  # guarded by file_lock
@@ -220,7 +260,35 @@ class LogWriter:
         self._waiters: list[asyncio.Future[None]] = []
         self._callbacks: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
-        self._fd, self._size = self._open()
+        self._fd, self._size = self._open() if saved is None else self._resume(saved)
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with; to be called once settled.
+
+        Raises:
+            FailedPrecondition: the disk is full and output waits for it.
+        """
+        with self._condition:
+            if not self._idle:
+                raise FailedPrecondition(f"output waits for space in log file {self.path}")
+        with self.file_lock:
+            return {
+                "kind": "log",
+                "fd": out.fd(self._fd),
+                "generation": self.generation,
+                "oldest_generation": self.oldest_generation,
+                "index": {name: index.pack() for name, index in self.index.items()},
+                "unfinished": {
+                    stream: out.data(rest) for stream, rest in self._format.unfinished().items()
+                },
+            }
+
+    def _resume(self, saved: Mapping[str, Any]) -> tuple[int, int]:
+        self.generation = saved["generation"]
+        self.oldest_generation = saved["oldest_generation"]
+        self.index = {name: StreamIndex.unpack(index) for name, index in saved["index"].items()}
+        self._format.resume({stream: data_of(rest) for stream, rest in saved["unfinished"].items()})
+        return saved["fd"], os.fstat(saved["fd"]).st_size
 
     @property
     def ready(self) -> bool:

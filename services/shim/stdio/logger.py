@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
@@ -20,6 +20,8 @@ from services.shim.futures import finish
 from services.shim.runtimes.invocation import ENVIRONMENT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from services.shim.reaper import Exit, Reaper
     from services.shim.stdio.uris import Logger
 
@@ -38,6 +40,16 @@ class LoggerProcess:
         self.stderr = stderr
         self._pid = pid
         self._end = end
+
+    def pack(self) -> dict[str, Any]:
+        """What the next image of the shim has to know."""
+        return {"pid": None if self._end.done() else self._pid}
+
+    @classmethod
+    def unpack(cls, saved: Mapping[str, Any], reaper: Reaper) -> Self:
+        """The logger that was packed; its pipes are others' by now."""
+        end = reaper.expect(saved["pid"])
+        return cls(saved["pid"] or 0, end, -1, -1)
 
     async def stop(self) -> None:
         """Give it time to finish what it has read after its pipes closed, then end it."""

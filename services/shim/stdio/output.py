@@ -16,15 +16,17 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from services.common.errors import OutOfRange
+from services.shim.handover import data_of
 from services.shim.stdio import log_reader
 from services.shim.stdio.extents import Extents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from services.shim.handover import Outgoing
     from services.shim.stdio.log_writer import LogWriter
 
 PIECE_MAX_BYTES = 256 << 10
@@ -157,6 +159,53 @@ class Output:
         if self._log is not None:
             await self._log.close()
 
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with, the log's part included."""
+        grace_s = self._grace.when() - self._loop.time() if self._grace is not None else None
+        return {
+            "kind": "output",
+            "end": self.end,
+            "finished": self.finished,
+            "unfinished": self._unfinished,
+            "stream_ends": self._stream_ends,
+            "read_until": self._read_until,
+            "dropping": self._dropping,
+            "grace_s": grace_s,
+            "extents": self._extents.pack() if self._extents is not None else None,
+            "chunks": [
+                (chunk.offset, chunk.stream, chunk.stream_end, out.data(chunk.data))
+                for chunk in self._chunks
+            ],
+            "log": self._log.pack(out) if self._log is not None else None,
+        }
+
+    @classmethod
+    def unpack(
+        cls,
+        saved: Mapping[str, Any],
+        log: LogWriter | None,
+        *,
+        dropped: Callable[[str, int], None] = lambda _stream, _count: None,
+    ) -> Self:
+        """The output that was packed; nobody is attached to it."""
+        output = cls(log, streams=saved["unfinished"], dropped=dropped)
+        output.end = saved["end"]
+        output.finished = saved["finished"]
+        output._stream_ends = dict(saved["stream_ends"])
+        output._read_until = saved["read_until"]
+        output._dropping = saved["dropping"]
+        if log is not None:
+            output._extents = Extents.unpack(saved["extents"] or ())
+        for offset, stream, stream_end, text in saved["chunks"]:
+            data = data_of(text)
+            output._chunks.append(_Chunk(offset, stream, stream_end, data))
+            output._held_bytes += len(data) + _CHUNK_COST_BYTES
+        if output.finished or output._dropping:
+            output._stop_grace()
+        elif log is None and saved["grace_s"] is not None:
+            output._start_grace(saved["grace_s"])
+        return output
+
     def attach(self, offset: int, *, from_end: bool, follow: bool) -> OutputReader:
         """A reader from ``offset`` on; the caller detaches it.
 
@@ -279,9 +328,9 @@ class Output:
         for reader in self._readers:
             reader.wake()
 
-    def _start_grace(self) -> None:
+    def _start_grace(self, grace_s: float = RECONNECT_GRACE_S) -> None:
         self._stop_grace()
-        self._grace = self._loop.call_later(RECONNECT_GRACE_S, self._end_grace)
+        self._grace = self._loop.call_later(max(0.0, grace_s), self._end_grace)
 
     def _stop_grace(self) -> None:
         if self._grace is not None:

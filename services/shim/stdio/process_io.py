@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from services.common.errors import FailedPrecondition
 from services.shim.runtimes.runtime import RuntimeStdio
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from services.common.background import Background
-    from services.shim.metrics import ShimMetrics
+    from services.shim.handover import Outgoing
+    from services.shim.measures import Measures
     from services.shim.reaper import Reaper
 
 _FINISH_LIMIT_S = 10.0
+_PAUSE_LIMIT_S = 5.0
 
 
 class ProcessIo:
@@ -46,7 +48,7 @@ class ProcessIo:
         log: the log file, or None.
     """
 
-    def __init__(self, stdio: uris.Stdio, metrics: ShimMetrics, background: Background) -> None:
+    def __init__(self, stdio: uris.Stdio, metrics: Measures, background: Background) -> None:
         self.stdio = stdio
         self.output: Output | None = None
         self.input: Input | None = None
@@ -61,6 +63,7 @@ class ProcessIo:
         self._runtime_stdio: RuntimeStdio | None = None
         self._pumps: list[Pump] = []
         self._fifo_input: FifoInput | None = None
+        self._copying: asyncio.Task[None] | None = None
         self._stdin_source: uris.Input = uris.Nothing()
         self._logger: LoggerProcess | None = None
         self._master = -1
@@ -86,8 +89,63 @@ class ProcessIo:
             self._add_pump(fd, stream, owns_fd=True)
         self._pipes.clear()
         if isinstance(self._stdin_source, uris.Fifo) and self.input is not None:
-            self._fifo_input = FifoInput(self._stdin_source.path, self.input)
-            self._background.start(self._fifo_input.copy(), name="stdin")
+            self._fifo_input = FifoInput.open(self._stdin_source.path, self.input)
+            self._copy_input()
+
+    async def pause(self) -> None:
+        """Read no more, and let what was read get where it belongs, as far as it can.
+
+        Raises:
+            TimeoutError: a disk is too slow.
+        """
+        for pump in self._pumps:
+            pump.pause()
+        async with asyncio.timeout(_PAUSE_LIMIT_S):
+            for sink in self._unique_sinks:
+                await sink.settle()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`, or after :meth:`unpack`."""
+        for pump in self._pumps:
+            pump.resume()
+        self._copy_input()
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with; while paused.
+
+        Raises:
+            FailedPrecondition: output waits for space on a disk.
+        """
+        return {
+            "sinks": [sink.pack(out) for sink in self._unique_sinks],
+            "sink_of": {
+                stream: self._unique_sinks.index(sink) for stream, sink in self._sinks.items()
+            },
+            "pumps": [saved for pump in self._pumps if (saved := pump.pack(out)) is not None],
+            "input": self.input.pack(out) if self.input is not None else None,
+            "fifo_input": self._fifo_input.pack(out) if self._fifo_input is not None else None,
+            "logger": self._logger.pack() if self._logger is not None else None,
+            "master": out.fd(self._master),
+        }
+
+    def unpack(self, saved: Mapping[str, Any], reaper: Reaper) -> None:
+        """Become what was packed, paused: ``resume`` begins to copy."""
+        self._parse()
+        owners = {number: stream for stream, number in reversed(saved["sink_of"].items())}
+        for number, sink in enumerate(saved["sinks"]):
+            self._unique_sinks.append(self._unpack_sink(sink, owners[number]))
+        self._sinks = {
+            stream: self._unique_sinks[number] for stream, number in saved["sink_of"].items()
+        }
+        self._master = saved["master"]
+        for pump in saved["pumps"]:
+            self._add_pump(pump["fd"], pump["stream"], owns_fd=pump["owns_fd"], paused=True)
+        if saved["input"] is not None:
+            self.input = Input.unpack(saved["input"])
+        if saved["fifo_input"] is not None and self.input is not None:
+            self._fifo_input = FifoInput.unpack(saved["fifo_input"], self.input)
+        if saved["logger"] is not None:
+            self._logger = LoggerProcess.unpack(saved["logger"], reaper)
 
     def resize(self, *, width: int, height: int) -> None:
         """Set the size of the terminal.
@@ -144,10 +202,7 @@ class ProcessIo:
 
     async def open(self, reaper: Reaper, *, container_id: str, namespace: str) -> None:
         """Open all that can fail, before the process exists. Called by :func:`open_io`."""
-        self._stdin_source = uris.parse_input(self.stdio.stdin)
-        self.attachable_input = isinstance(self._stdin_source, uris.Attachable)
-        stdout = uris.parse_output(self.stdio.stdout, field="stdout")
-        stderr = uris.parse_output(self.stdio.stderr, field="stderr")
+        stdout, stderr = self._parse()
         if isinstance(self._stdin_source, uris.Fifo) and not self._stdin_source.path.exists():
             raise FailedPrecondition(
                 f"stdin '{self._stdin_source.path}' does not exist", field="stdin"
@@ -168,6 +223,18 @@ class ProcessIo:
             stdout=self._open_stream(STDOUT, stdout),
             stderr=self._open_stream(STDERR, stderr),
         )
+
+    def _parse(self) -> tuple[uris.Output, uris.Output]:
+        self._stdin_source = uris.parse_input(self.stdio.stdin)
+        self.attachable_input = isinstance(self._stdin_source, uris.Attachable)
+        return (
+            uris.parse_output(self.stdio.stdout, field="stdout"),
+            uris.parse_output(self.stdio.stderr, field="stderr"),
+        )
+
+    def _copy_input(self) -> None:
+        if self._fifo_input is not None and self._copying is None:
+            self._copying = self._background.start(self._fifo_input.copy(), name="stdin")
 
     def change_owner(self, uid: int, gid: int) -> None:
         """Give the process' ends of the pipes to a user, as runc's options may ask for."""
@@ -203,17 +270,36 @@ class ProcessIo:
         if len(files) > 1:
             raise FailedPrecondition("stdout and stderr cannot have two different log files")
         for spec in files:
-            self.log = LogWriter(
-                spec.path,
-                JsonFileFormat(),
-                max_size_bytes=spec.max_size_bytes,
-                max_files=spec.max_files,
-                block_on_full=spec.block_on_full,
-                dropped=self._metrics.dropped,
-            )
+            self.log = self._open_log(spec)
         self.output = Output(self.log, streams=len(ours), dropped=self._metrics.dropped)
         self._sinks.update(dict.fromkeys(ours, self.output))
         self._unique_sinks.append(self.output)
+
+    def _open_log(self, spec: uris.LogFile, saved: Mapping[str, Any] | None = None) -> LogWriter:
+        return LogWriter(
+            spec.path,
+            JsonFileFormat(),
+            max_size_bytes=spec.max_size_bytes,
+            max_files=spec.max_files,
+            block_on_full=spec.block_on_full,
+            dropped=self._metrics.dropped,
+            saved=saved,
+        )
+
+    def _unpack_sink(self, saved: Mapping[str, Any], stream: str) -> Sink:
+        if saved["kind"] == "fd":
+            return FdSink.unpack(saved)
+        targets = self._parse()
+        dropped = self._metrics.dropped
+        if saved["kind"] == "log":
+            spec = targets[stream == STDERR]
+            assert isinstance(spec, uris.RawFile)
+            return LogWriter(spec.path, RawFormat(), dropped=dropped, saved=saved)
+        if saved["log"] is not None:
+            file = next(target for target in targets if isinstance(target, uris.LogFile))
+            self.log = self._open_log(file, saved["log"])
+        self.output = Output.unpack(saved, self.log, dropped=dropped)
+        return self.output
 
     def _make_sink(self, spec: uris.Output, name: str, *, streams: int) -> Sink:
         if isinstance(spec, uris.RawFile):
@@ -248,11 +334,14 @@ class ProcessIo:
             os.close(fd)
         self._theirs.clear()
 
-    def _add_pump(self, fd: int, stream: str, *, owns_fd: bool) -> None:
+    def _add_pump(self, fd: int, stream: str, *, owns_fd: bool, paused: bool = False) -> None:
         counter: Callable[[str, bytes], None] = self._metrics.read
         pump = Pump(fd, stream, self._sinks[stream], read=counter, owns_fd=owns_fd)
         self._pumps.append(pump)
-        pump.start()
+        if paused:
+            pump.pause()
+        else:
+            pump.start()
 
 
 async def open_io(
@@ -261,7 +350,7 @@ async def open_io(
     container_id: str,
     namespace: str,
     reaper: Reaper,
-    metrics: ShimMetrics,
+    metrics: Measures,
     background: Background,
 ) -> ProcessIo:
     """Open the streams of a process that is about to be created.

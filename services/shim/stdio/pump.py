@@ -11,11 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from services.shim.handover import Outgoing
     from services.shim.stdio.sink import Sink
 
 READ_MIN_BYTES = 16 << 10
@@ -51,12 +52,31 @@ class Pump:
         self._size = READ_MIN_BYTES
         self._enlarged = False
         self._reading = False
+        self._paused = False
         self._loop = asyncio.get_running_loop()
         self.done = asyncio.Event()
 
     def start(self) -> None:
         """Begin to read."""
         self._resume()
+
+    def pause(self) -> None:
+        """Stop reading for now; everything that was read is the sink's."""
+        self._paused = True
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._paused = False
+        self._resume()
+
+    def pack(self, out: Outgoing) -> dict[str, Any] | None:
+        """What the next image of the shim goes on with; None when the end was read."""
+        if self.done.is_set():
+            return None
+        return {"fd": out.fd(self._fd), "stream": self._stream, "owns_fd": self._owns_fd}
 
     async def settle(self) -> None:
         """Take what is in the pipe now, and wait until the sink has it where it belongs."""
@@ -73,7 +93,7 @@ class Pump:
         self._end()
 
     def _resume(self) -> None:
-        if not self.done.is_set() and not self._reading:
+        if not self.done.is_set() and not self._reading and not self._paused:
             self._reading = True
             self._loop.add_reader(self._fd, self._readable)
 

@@ -6,10 +6,12 @@ wants more. Who feeds it stops reading the pipe while it is not ready, so that t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from services.shim.handover import Outgoing
 
 STDOUT = "stdout"
 STDERR = "stderr"
@@ -37,6 +39,14 @@ class Sink(Protocol):
 
     async def settle(self) -> None:
         """Wait until what was taken is where it belongs, or cannot get there for now."""
+        ...
+
+    def pack(self, out: Outgoing) -> dict[str, Any]:
+        """What the next image of the shim goes on with (see ``handover.py``); once settled.
+
+        Raises:
+            FailedPrecondition: something is on the way that cannot be packed.
+        """
         ...
 
     async def close(self) -> None:

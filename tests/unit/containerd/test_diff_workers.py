@@ -12,11 +12,11 @@ import pytest
 
 from services.common import errors
 from services.common.errors import DataLoss, Internal, InvalidArgument, NotFound, Unimplemented
+from services.common.mounts import Mount
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.diff.local_applier import LocalApplier
 from services.containerd.diff.media_types import LAYERS, OCI_GZIP, OCI_TAR, is_layer
 from services.containerd.diff.pool import WorkerPool
-from services.containerd.mounts import Mount
 from tests.fakes.layers import Member, folder, layer
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import FailedPrecondition, Unimplemented
+from services.common.mounts import Mount
 from services.containerd.diff import reader
 from services.containerd.diff.media_types import OCI_GZIP, OCI_TAR, OCI_ZSTD
 from services.containerd.diff.pack import pack_layer
-from services.containerd.mounts import Mount
 from tests.fakes.layers import Member, folder, hardlink, layer, looks, read, symlink, unpack
 
 pytestmark = pytest.mark.root

@@ -8,8 +8,8 @@ import pytest
 
 from services.common.database import Database
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.mounts import overlay_option
 from services.containerd.metadata.schema import MIGRATIONS
-from services.containerd.mounts import overlay_option
 from services.containerd.snapshots.overlay import TARGET_LABEL, OverlaySnapshotter
 from services.containerd.snapshots.snapshotter import Kind
 from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases

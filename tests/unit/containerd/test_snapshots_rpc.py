@@ -18,10 +18,10 @@ from protos.containerd.types import descriptor_pb2, mount_pb2
 from services.common.database import Database
 from services.common.errors import DataLoss
 from services.common.metrics import ServerMetrics
+from services.common.mounts import Mount
 from services.common.server import RpcServer, Service
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.metadata.schema import MIGRATIONS
-from services.containerd.mounts import Mount
 from services.containerd.rpc.diff import DiffService
 from services.containerd.rpc.snapshots import SnapshotsService
 from services.containerd.snapshots.overlay import OverlaySnapshotter

@@ -19,7 +19,7 @@ from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from services.containerd.mounts import Mount
+    from services.common.mounts import Mount
 
 NS = "test"
 

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -87,7 +89,7 @@ class InfoResponse(_message.Message):
     version: _builtins.str
     """Version of the program."""
     generation: _builtins.int
-    """How many times the process was re-executed."""
+    """How many times the process was re-executed. An attempt that was rolled back counts as one."""
     runtime: _builtins.str
     """Name and version line of the OCI runtime."""
     epoch: _builtins.int
@@ -148,3 +150,62 @@ class ReopenLogResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReopenLogResponse: _TypeAlias = ReopenLogResponse  # noqa: Y015
+
+@_typing.final
+class ReexecRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Generation to reach: that of Info and one. A process that has it already answers at once."""
+    @_builtins.property
+    def program(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """How to run the new version, without its subcommand: an absolute path and arguments. Empty: as
+        this process was run itself.
+        """
+
+    def __init__(
+        self,
+        *,
+        program: _abc.Iterable[_builtins.str] | None = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "program", b"program"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReexecRequest: _TypeAlias = ReexecRequest  # noqa: Y015
+
+@_typing.final
+class ReexecResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DOWNTIME_US_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Version that serves now."""
+    generation: _builtins.int
+    pid: _builtins.int
+    """Unchanged."""
+    downtime_us: _builtins.int
+    """Time from the last byte that the old version read to the first that the new one could read."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        pid: _builtins.int = ...,
+        downtime_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downtime_us", b"downtime_us", "generation", b"generation", "pid", b"pid", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReexecResponse: _TypeAlias = ReexecResponse  # noqa: Y015

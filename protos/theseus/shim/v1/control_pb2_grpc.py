@@ -50,6 +50,11 @@ class ControlStub:
                 request_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogRequest.SerializeToString,
                 response_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogResponse.FromString,
                 _registered_method=True)
+        self.Reexec = channel.unary_unary(
+                '/theseus.shim.v1.Control/Reexec',
+                request_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.SerializeToString,
+                response_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -78,6 +83,18 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reexec(self, request, context):
+        """Executes another version of the program in place: same process id, same children, same streams.
+        The call itself breaks with UNAVAILABLE when that happens, and is to be repeated as it was: the
+        generation makes it idempotent. Other calls wait, or break with UNAVAILABLE likewise.
+        Errors: INVALID_ARGUMENT (no generation, or one that is not the next), FAILED_PRECONDITION (the
+        new version fails its self-check, or did not come up and the old one was executed again; output
+        waits for space on a disk), UNAVAILABLE (something is under way that does not end).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +112,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ReopenLog,
                     request_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogRequest.FromString,
                     response_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogResponse.SerializeToString,
+            ),
+            'Reexec': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reexec,
+                    request_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.FromString,
+                    response_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +201,33 @@ class Control:
             '/theseus.shim.v1.Control/ReopenLog',
             protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogRequest.SerializeToString,
             protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReopenLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reexec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/theseus.shim.v1.Control/Reexec',
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.SerializeToString,
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,14 @@ class ControlStub:
     """Closes and opens the log file of a container again, after something else moved it.
     Errors: NOT_FOUND (container), FAILED_PRECONDITION (it has no log file).
     """
+    Reexec: _aio.UnaryUnaryMultiCallable[_control_pb2.ReexecRequest, _control_pb2.ReexecResponse]
+    """Executes another version of the program in place: same process id, same children, same streams.
+    The call itself breaks with UNAVAILABLE when that happens, and is to be repeated as it was: the
+    generation makes it idempotent. Other calls wait, or break with UNAVAILABLE likewise.
+    Errors: INVALID_ARGUMENT (no generation, or one that is not the next), FAILED_PRECONDITION (the
+    new version fails its self-check, or did not come up and the old one was executed again; output
+    waits for space on a disk), UNAVAILABLE (something is under way that does not end).
+    """
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served by every shim for containerd and for operators."""
@@ -52,6 +60,20 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_control_pb2.ReopenLogResponse]:
         """Closes and opens the log file of a container again, after something else moved it.
         Errors: NOT_FOUND (container), FAILED_PRECONDITION (it has no log file).
+        """
+
+    @_abc_1.abstractmethod
+    def Reexec(
+        self,
+        request: _control_pb2.ReexecRequest,
+        context: _aio.ServicerContext[_control_pb2.ReexecRequest, _abc.Awaitable[_control_pb2.ReexecResponse]],
+    ) -> _abc.Awaitable[_control_pb2.ReexecResponse]:
+        """Executes another version of the program in place: same process id, same children, same streams.
+        The call itself breaks with UNAVAILABLE when that happens, and is to be repeated as it was: the
+        generation makes it idempotent. Other calls wait, or break with UNAVAILABLE likewise.
+        Errors: INVALID_ARGUMENT (no generation, or one that is not the next), FAILED_PRECONDITION (the
+        new version fails its self-check, or did not come up and the old one was executed again; output
+        waits for space on a disk), UNAVAILABLE (something is under way that does not end).
         """
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _aio.Server) -> None: ...

@@ -2,11 +2,11 @@
 
 A list of :class:`Mount` is how a snapshotter hands out a file system without mounting it: the
 list is done in order and undone in reverse, by whoever wants to see the files. All functions
-block.
+block. Targets are resolved as if the place that the list is mounted at were the root.
 
 An overlay is mounted through fsopen(2), which takes the lower directories one by one: mount(2) has
 a page for all options, which some thirty layers fill. Where the kernel is too old for that (before
-6.7), mount(2) does it.
+6.7), mount(2) does it, with the directories named from a descriptor of their common parent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import errno
 import functools
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,48 +22,54 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common import linux
-from services.common.errors import FailedPrecondition, Internal, InvalidArgument, Unimplemented
+from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 log = structlog.get_logger(__name__)
 
-# mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS: what each sets, or clears if the second is True
-_FLAGS = {
-    "async": (linux.MS_SYNCHRONOUS, True),
-    "atime": (linux.MS_NOATIME, True),
-    "bind": (linux.MS_BIND, False),
-    "defaults": (0, False),
-    "dev": (linux.MS_NODEV, True),
-    "diratime": (linux.MS_NODIRATIME, True),
-    "dirsync": (linux.MS_DIRSYNC, False),
-    "exec": (linux.MS_NOEXEC, True),
-    "mand": (linux.MS_MANDLOCK, False),
-    "noatime": (linux.MS_NOATIME, False),
-    "nodev": (linux.MS_NODEV, False),
-    "nodiratime": (linux.MS_NODIRATIME, False),
-    "noexec": (linux.MS_NOEXEC, False),
-    "nomand": (linux.MS_MANDLOCK, True),
-    "norelatime": (linux.MS_RELATIME, True),
-    "nostrictatime": (linux.MS_STRICTATIME, True),
-    "nosuid": (linux.MS_NOSUID, False),
-    "private": (linux.MS_PRIVATE, False),
-    "rbind": (linux.MS_BIND | linux.MS_REC, False),
-    "relatime": (linux.MS_RELATIME, False),
-    "remount": (linux.MS_REMOUNT, False),
-    "ro": (linux.MS_RDONLY, False),
-    "rprivate": (linux.MS_PRIVATE | linux.MS_REC, False),
-    "rshared": (linux.MS_SHARED | linux.MS_REC, False),
-    "rslave": (linux.MS_SLAVE | linux.MS_REC, False),
-    "rw": (linux.MS_RDONLY, True),
-    "shared": (linux.MS_SHARED, False),
-    "slave": (linux.MS_SLAVE, False),
-    "strictatime": (linux.MS_STRICTATIME, False),
-    "suid": (linux.MS_NOSUID, True),
-    "sync": (linux.MS_SYNCHRONOUS, False),
+# One page, less the byte that ends it (mount(2)); the kernel cuts what is longer without a word.
+_DATA_MAX_BYTES = 4095
+_UNMOUNT_ATTEMPTS = 64
+
+# mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS: what each sets
+_SETS = {
+    "ro": linux.MS_RDONLY,
+    "nosuid": linux.MS_NOSUID,
+    "nodev": linux.MS_NODEV,
+    "noexec": linux.MS_NOEXEC,
+    "sync": linux.MS_SYNCHRONOUS,
+    "remount": linux.MS_REMOUNT,
+    "mand": linux.MS_MANDLOCK,
+    "dirsync": linux.MS_DIRSYNC,
+    "noatime": linux.MS_NOATIME,
+    "nodiratime": linux.MS_NODIRATIME,
+    "bind": linux.MS_BIND,
+    "rbind": linux.MS_BIND | linux.MS_REC,
+    "relatime": linux.MS_RELATIME,
+    "strictatime": linux.MS_STRICTATIME,
 }
-_PROPAGATION = linux.MS_SHARED | linux.MS_PRIVATE | linux.MS_SLAVE | linux.MS_UNBINDABLE
+# ... and what each clears
+_CLEARS = {
+    "defaults": 0,
+    "rw": linux.MS_RDONLY,
+    "suid": linux.MS_NOSUID,
+    "dev": linux.MS_NODEV,
+    "exec": linux.MS_NOEXEC,
+    "async": linux.MS_SYNCHRONOUS,
+    "nomand": linux.MS_MANDLOCK,
+    "atime": linux.MS_NOATIME,
+    "diratime": linux.MS_NODIRATIME,
+    "norelatime": linux.MS_RELATIME,
+    "nostrictatime": linux.MS_STRICTATIME,
+}
+_PROPAGATIONS = {
+    "shared": linux.MS_SHARED,
+    "slave": linux.MS_SLAVE,
+    "private": linux.MS_PRIVATE,
+    "unbindable": linux.MS_UNBINDABLE,
+}
 _ATTRIBUTES = {
     linux.MS_RDONLY: linux.MOUNT_ATTR_RDONLY,
     linux.MS_NOSUID: linux.MOUNT_ATTR_NOSUID,
@@ -77,7 +82,7 @@ _ATTRIBUTES = {
 _NOT_HERE = ("loop", "uidmap=", "gidmap=", "X-containerd.")
 
 
-class MountFailed(Internal):
+class MountFailed(FailedPrecondition):
     """The kernel refused a mount; the message has its reason."""
 
 
@@ -98,35 +103,59 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-def parse_options(options: Sequence[str]) -> tuple[int, list[str]]:
-    """Split options into the flags of mount(2) and those meant for the file system."""
-    flags = 0
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """Options split the way mount(2) wants them.
+
+    Attributes:
+        flags: of the mount.
+        propagation: MS_SHARED or the like, perhaps with MS_REC; 0: as it comes.
+        data: what is meant for the file system.
+    """
+
+    flags: int
+    propagation: int
+    data: tuple[str, ...]
+
+
+def parse_options(options: Sequence[str]) -> MountOptions:
+    """Split fstab(5) options; a later option wins.
+
+    Raises:
+        Unimplemented: one that asks for more than a call of mount(2).
+    """
+    flags = propagation = 0
     data = []
     for option in options:
-        if option.startswith(_NOT_HERE):
+        if option in _SETS:
+            flags |= _SETS[option]
+        elif option in _CLEARS:
+            flags &= ~_CLEARS[option]
+        elif option in _PROPAGATIONS:
+            propagation = _PROPAGATIONS[option]
+        elif option.startswith("r") and option[1:] in _PROPAGATIONS:
+            propagation = _PROPAGATIONS[option[1:]] | linux.MS_REC
+        elif option.startswith(_NOT_HERE):
             raise Unimplemented(f"mount option {option!r} is not supported here")
-        if option not in _FLAGS:
+        elif option:
             data.append(option)
-            continue
-        flag, clears = _FLAGS[option]
-        flags = flags & ~flag if clears else flags | flag
-    return flags, data
+    return MountOptions(flags, propagation, tuple(data))
 
 
 def mount_all(mounts: Sequence[Mount], target: Path) -> None:
     """Do a list of mounts at ``target``, a directory that exists; all of them, or none.
 
     Raises:
-        InvalidArgument: the list is empty, or an option makes no sense.
-        FailedPrecondition: a source or a target does not exist.
-        MountFailed: the kernel refused.
+        InvalidArgument: the list is empty.
+        Unimplemented: an option asks for more than a call of mount(2).
+        MountFailed: the kernel refused, or a target cannot be made.
     """
     if not mounts:
         raise InvalidArgument("there is nothing to mount: the list of mounts is empty")
     done: list[Path] = []
     try:
         for mount in mounts:
-            place = _resolve(target, mount.target)
+            place = _place(target, mount.target)
             _mount_one(mount, place)
             done.append(place)
     except BaseException:
@@ -141,7 +170,7 @@ def unmount_all(mounts: Sequence[Mount], target: Path, flags: int = 0) -> None:
         FailedPrecondition: something is still in use, and ``flags`` lack ``MNT_DETACH``.
     """
     for mount in reversed(mounts):
-        place = _resolve(target, mount.target)
+        place = _place(target, mount.target)
         try:
             linux.umount(place, flags | linux.UMOUNT_NOFOLLOW)
         except OSError as error:
@@ -151,11 +180,36 @@ def unmount_all(mounts: Sequence[Mount], target: Path, flags: int = 0) -> None:
                 raise MountFailed(f"cannot unmount {place}: {error.strerror}") from error
 
 
+def unmount(target: Path) -> None:
+    """Unmount everything that is mounted at ``target``; nothing mounted is fine.
+
+    What is in use goes away with its last user.
+
+    Raises:
+        MountFailed: the kernel refused.
+    """
+    for _ in range(_UNMOUNT_ATTEMPTS):
+        try:
+            linux.umount(target, linux.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            # EINVAL: not a mount point (any more).
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            if error.errno != errno.EBUSY:
+                raise MountFailed(f"cannot unmount {target}: {error.strerror}") from error
+            log.warning("mount in use, unmounting lazily", target=str(target))
+            linux.umount(target, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH)
+    raise MountFailed(f"cannot unmount {target}: mounts keep appearing there")
+
+
 @contextlib.contextmanager
 def temporary_mount(
     mounts: Sequence[Mount], directory: Path, *, readonly: bool = False
 ) -> Iterator[Path]:
     """Mount at a new place below ``directory`` while the context lasts; gives that place."""
+    # Imported late: a shim has no use for it, nor memory for what it imports.
+    import tempfile
+
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     place = Path(tempfile.mkdtemp(prefix="mount-", dir=directory))
     wanted = [as_readonly(mount) for mount in mounts] if readonly else list(mounts)
@@ -190,54 +244,76 @@ def overlay_option(options: Sequence[str], name: str) -> str:
     return next((o.removeprefix(prefix) for o in options if o.startswith(prefix)), "")
 
 
-def _resolve(target: Path, below: str) -> Path:
-    """Where ``below`` is, resolved as if ``target`` were the root, symbolic links included."""
+def _place(target: Path, below: str) -> Path:
+    """Where ``below`` is, made if it is missing; ``target`` is its root, for links in it too."""
     if not below:
         return target
     try:
         root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fd = linux.openat2(below, os.O_PATH, dir_fd=root)
+            fd = _open_below(root, below.strip("/"))
         finally:
             os.close(root)
     except OSError as error:
-        raise FailedPrecondition(f"mount target {below!r}: {error.strerror}") from error
+        raise MountFailed(f"mount target {below!r}: {error.strerror}") from error
     try:
         return Path(f"/proc/self/fd/{fd}").readlink()
     finally:
         os.close(fd)
 
 
-def _mount_one(mount: Mount, target: Path) -> None:
-    flags, data = parse_options(mount.options)
-    if mount.type in ("bind", "rbind"):
-        flags |= linux.MS_BIND
-    propagation = flags & _PROPAGATION
+def _open_below(root: int, below: str) -> int:
     try:
-        flags &= ~_PROPAGATION
+        return linux.openat2(below or ".", os.O_PATH, dir_fd=root)
+    except FileNotFoundError:
+        above, _, name = below.rpartition("/")
+        directory = _open_below(root, above)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=directory)
+        finally:
+            os.close(directory)
+        return linux.openat2(below, os.O_PATH, dir_fd=root)
+
+
+def _mount_one(mount: Mount, target: Path) -> None:
+    options = parse_options(mount.options)
+    flags = options.flags
+    if mount.type in ("bind", "rbind"):
+        flags |= linux.MS_BIND | (linux.MS_REC if mount.type == "rbind" else 0)
+    try:
         if mount.type == "overlay" and not flags & linux.MS_REMOUNT:
-            _mount_overlay(mount, target, flags, data)
+            _mount_overlay(mount, target, flags, options.data)
         else:
             fstype = "" if flags & linux.MS_BIND else mount.type
-            linux.mount(mount.source, target, fstype=fstype, flags=flags, data=",".join(data))
-        if propagation:
-            linux.mount("", target, flags=propagation | flags & linux.MS_REC)
-        if flags & linux.MS_BIND and flags & linux.MS_RDONLY:
+            _mount_classic(mount.source, target, fstype, flags, options.data)
+        if options.propagation:
+            linux.mount("", target, flags=options.propagation)
+        if flags & linux.MS_BIND and flags & ~(linux.MS_BIND | linux.MS_REC):
             # mount(2): a bind mount ignores every flag but MS_REC until it is mounted again
-            linux.mount("", target, flags=flags | linux.MS_REMOUNT)
+            linux.mount("", target, flags=(flags & ~linux.MS_REC) | linux.MS_REMOUNT)
     except OSError as error:
-        text = f"cannot mount {mount.type} {mount.source!r} at {target}: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise FailedPrecondition(text) from error
-        raise MountFailed(text) from error
+        raise MountFailed(
+            f"cannot mount {mount.type} {mount.source!r} at {target}: {error.strerror}"
+        ) from error
 
 
-def _mount_overlay(mount: Mount, target: Path, flags: int, data: list[str]) -> None:
+def _mount_classic(source: str, target: Path, fstype: str, flags: int, data: Sequence[str]) -> None:
+    text = ",".join(data)
+    if (size := len(os.fsencode(text))) > _DATA_MAX_BYTES:
+        raise MountFailed(
+            f"cannot mount {fstype} at {target}: its options take {size} bytes, and the kernel "
+            f"takes {_DATA_MAX_BYTES}"
+        )
+    linux.mount(source, target, fstype=fstype, flags=flags, data=text)
+
+
+def _mount_overlay(mount: Mount, target: Path, flags: int, data: Sequence[str]) -> None:
     lower = overlay_option(data, "lowerdir")
     layers = lower.split(":")
     # data-only layers ("::") and escapes are for mount(2) to read
     if not _layers_one_by_one() or "" in layers or "\\" in lower:
-        linux.mount(mount.source, target, fstype="overlay", flags=flags, data=",".join(data))
+        _mount_overlay_classic(mount.source, target, flags, data)
         return
     fs = linux.fsopen("overlay")
     try:
@@ -252,8 +328,25 @@ def _mount_overlay(mount: Mount, target: Path, flags: int, data: list[str]) -> N
         os.close(fs)
 
 
+def _mount_overlay_classic(source: str, target: Path, flags: int, data: Sequence[str]) -> None:
+    """Mount an overlay with mount(2), shortening the names of its layers if they are too long."""
+    layers = overlay_option(data, "lowerdir").split(":")
+    if len(os.fsencode(",".join(data))) <= _DATA_MAX_BYTES or "" in layers:
+        _mount_classic(source, target, "overlay", flags, data)
+        return
+    common = os.path.commonpath([str(Path(layer).parent) for layer in layers])
+    directory = os.open(common, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        near = f"/proc/self/fd/{directory}"
+        short = ":".join(f"{near}/{os.path.relpath(layer, common)}" for layer in layers)
+        rest = [option for option in data if not option.startswith("lowerdir=")]
+        _mount_classic(source, target, "overlay", flags, [*rest, f"lowerdir={short}"])
+    finally:
+        os.close(directory)
+
+
 def _configure_overlay(
-    fs: int, mount: Mount, flags: int, data: list[str], layers: list[str]
+    fs: int, mount: Mount, flags: int, data: Sequence[str], layers: Sequence[str]
 ) -> None:
     try:
         linux.fsconfig(fs, linux.FSCONFIG_SET_STRING, "source", mount.source)

@@ -1,0 +1,1 @@
+"""Contracts of protos.containerd.ttrpc and their generated stubs."""

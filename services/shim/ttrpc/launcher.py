@@ -1,0 +1,111 @@
+"""Forks the process that stays, and makes a shim of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    from services.shim.ttrpc.request import StartRequest
+
+
+def launch(request: StartRequest, listener: _socket.socket, release: Callable[[], None]) -> None:
+    """Leave a shim behind that serves ``listener``.
+
+    Args:
+        request: what it is told.
+        listener: its socket, listening.
+        release: gives up the lock that must not be inherited.
+    """
+    release()
+    if os.fork() == 0:
+        become_shim(request, listener.detach())
+
+
+def become_shim(request: StartRequest, listener: int) -> NoReturn:
+    """Be the shim, to its end; never returns to the caller's code."""
+    status = 1
+    try:
+        detach(request)
+        # An installed rich would be imported by structlog for coloured tracebacks: 60 ms, 10 MB.
+        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # such an import fails
+        # Imported when containerd has its answer already.
+        from services.shim.ttrpc.app import run
+
+        run(request, listener)
+        status = 0
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exception(error)
+    finally:
+        os._exit(status)
+
+
+def detach(request: StartRequest) -> None:
+    """Leave containerd's session and streams: it waits for the end of its pipes."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    os.setsid()
+    for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+    sys.stderr = LogPipe(request.bundle)
+    os.chdir("/")
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(request.oom_score_adj)
+    except OSError as error:
+        sys.stderr.write(f"oom_score_adj cannot be set: {error.strerror}\n")
+
+
+class LogPipe:
+    """The bundle's FIFO ``log``, which containerd copies to its own log; else a file ``shim.log``.
+
+    A containerd that is down does not read. Then the FIFO keeps what fits, which its successor
+    will read, and the rest is dropped: a shim never waits for it.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, bundle: str) -> None:
+        path = os.path.join(bundle, "log")
+        try:
+            is_fifo = stat.S_ISFIFO(os.stat(path).st_mode)
+        except FileNotFoundError:
+            is_fifo = False
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        if is_fifo:
+            # For reading too: then the opening waits for nobody (fifo(7)), and nothing is lost
+            # between two containerds.
+            self._fd = os.open(path, os.O_RDWR | flags)
+        else:
+            path = os.path.join(bundle, "shim.log")
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o640)
+
+    def write(self, text: str) -> int:
+        """Write what fits."""
+        try:
+            os.write(self._fd, text.encode(errors="backslashreplace"))
+        except OSError:
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def isatty(self) -> bool:
+        """It is none."""
+        return False
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd

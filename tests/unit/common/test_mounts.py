@@ -1,0 +1,170 @@
+"""Mount options, mounts made read-only, and lists that are done and undone."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from services.common import linux, mounts
+from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from services.common.mounts import (
+    Mount,
+    MountFailed,
+    as_readonly,
+    mount_all,
+    overlay_option,
+    parse_options,
+    unmount,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "data"),
+    [
+        ([], 0, ()),
+        (["ro", "rbind"], linux.MS_RDONLY | linux.MS_BIND | linux.MS_REC, ()),
+        (["ro", "rw"], 0, ()),
+        (["nosuid", "suid", "nodev", ""], linux.MS_NODEV, ()),
+        (["defaults", "noexec", "size=1m"], linux.MS_NOEXEC, ("size=1m",)),
+        (
+            ["lowerdir=/a:/b", "index=off", "volatile"],
+            0,
+            ("lowerdir=/a:/b", "index=off", "volatile"),
+        ),
+    ],
+)
+def test_options_are_flags_or_data(options: list[str], flags: int, data: tuple[str, ...]) -> None:
+    parsed = parse_options(options)
+    assert (parsed.flags, parsed.propagation, parsed.data) == (flags, 0, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "propagation"),
+    [
+        (["rprivate"], linux.MS_PRIVATE | linux.MS_REC),
+        (["rbind", "shared", "slave"], linux.MS_SLAVE),
+        (["runbindable"], linux.MS_UNBINDABLE | linux.MS_REC),
+    ],
+)
+def test_the_last_propagation_wins(options: list[str], propagation: int) -> None:
+    assert parse_options(options).propagation == propagation
+
+
+@pytest.mark.parametrize("option", ["loop", "uidmap=0:1:2", "gidmap=0:1:2", "X-containerd.mkdir"])
+def test_options_that_somebody_else_has_to_see_to_are_refused(option: str) -> None:
+    with pytest.raises(Unimplemented, match=option.partition("=")[0]):
+        parse_options([option])
+
+
+def test_the_value_of_an_option() -> None:
+    options = ("workdir=/w", "lowerdir=/a:/b")
+    assert overlay_option(options, "lowerdir") == "/a:/b"
+    assert overlay_option(options, "upperdir") == ""
+
+
+def test_a_read_only_bind_mount() -> None:
+    assert as_readonly(Mount("bind", "/a", "sub", ("rw", "rbind"))) == Mount(
+        "bind", "/a", "sub", ("rbind", "ro")
+    )
+
+
+def test_a_read_only_overlay_has_its_upper_directory_below() -> None:
+    mount = Mount("overlay", "overlay", "", ("workdir=/w", "upperdir=/u", "lowerdir=/a:/b", "x=y"))
+    assert as_readonly(mount).options == ("x=y", "lowerdir=/u:/a:/b", "ro")
+    view = Mount("overlay", "overlay", "", ("lowerdir=/a:/b",))
+    assert as_readonly(view).options == ("lowerdir=/a:/b", "ro")
+
+
+def test_a_read_only_overlay_of_one_directory_is_a_bind_mount() -> None:
+    mount = Mount("overlay", "overlay", "", ("upperdir=/u", "workdir=/w"))
+    assert as_readonly(mount) == Mount("bind", "/u", "", ("ro", "rbind"))
+
+
+def test_an_empty_list_is_no_mount(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="empty"):
+        mount_all([], tmp_path)
+
+
+def test_options_longer_than_a_page_are_refused_not_cut(tmp_path: Path) -> None:
+    mount = Mount("tmpfs", "tmpfs", options=("x" * 5000,))
+    with pytest.raises(FailedPrecondition, match="the kernel takes 4095"):
+        mount_all([mount], tmp_path)
+
+
+def test_the_kernels_refusal_is_told_and_nothing_stays(tmp_path: Path) -> None:
+    with pytest.raises(MountFailed, match=r"no-such-fs .*: \w+"):
+        mount_all([Mount("no-such-fs", "none")], tmp_path)
+    unmount(tmp_path)
+    unmount(tmp_path / "missing")
+
+
+@pytest.mark.root
+def test_mounts_are_stacked_and_undone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    root = tmp_path / "root"
+    for path in (source, root):
+        path.mkdir()
+    (source / "file").write_text("x")
+    mount_all(
+        [
+            Mount("bind", str(source), options=("rbind", "ro")),
+            Mount("tmpfs", "tmpfs", options=("size=64k",)),
+            Mount("tmpfs", "tmpfs", target="/made/below"),
+        ],
+        root,
+    )
+    try:
+        assert os.path.ismount(root / "made/below")
+    finally:
+        unmount(root / "made/below")
+        unmount(root)
+    assert not os.path.ismount(root)
+    with pytest.raises(MountFailed):
+        mount_all([Mount("bind", str(source)), Mount("none", "x")], root)
+    assert not os.path.ismount(root)
+
+
+@pytest.mark.root
+def test_a_target_is_made_inside_of_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    mount_all([Mount("tmpfs", "tmpfs", target="../../etc/x")], root)
+    try:
+        assert os.path.ismount(root / "etc/x")
+    finally:
+        unmount(root / "etc/x")
+
+
+@pytest.mark.root
+def test_a_bind_mount_takes_its_flags(tmp_path: Path) -> None:
+    mount_all([Mount("bind", str(tmp_path), options=("ro",))], tmp_path)
+    try:
+        with pytest.raises(OSError, match="Read-only"):
+            (tmp_path / "file").write_text("x")
+    finally:
+        unmount(tmp_path)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_an_overlay_of_many_layers_whatever_the_kernels_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool
+) -> None:
+    monkeypatch.setattr(mounts, "_layers_one_by_one", lambda: one_by_one)
+    layers = [tmp_path / f"{number:03}-{'x' * 40}" / "fs" for number in range(60)]
+    for layer in layers:
+        layer.mkdir(parents=True)
+        (layer / layer.parent.name).touch()
+    lower = ":".join(str(layer) for layer in layers)
+    root = tmp_path / "root"
+    root.mkdir()
+    mount_all([Mount("overlay", "overlay", options=(f"lowerdir={lower}",))], root)
+    try:
+        assert len(list(root.iterdir())) == 60
+    finally:
+        unmount(root)

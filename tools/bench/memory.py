@@ -1,0 +1,79 @@
+"""Which processes are an engine's, and how much memory they have between them.
+
+An engine's are those whose command line names its directory, and what those have started, but not
+what runs in a container: that has a pid namespace of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tools.bench.engines.engine import Engine
+
+_PROC = Path("/proc")
+
+
+def pss_by_tier(engine: Engine) -> dict[str, tuple[int, float]]:
+    """Number of processes and proportional set size in MiB, by tier."""
+    found: dict[str, tuple[int, float]] = {}
+    for pid, argv in processes(str(engine.place)).items():
+        with suppress(OSError):  # it ended meanwhile
+            tier, size = engine.tier(pid, argv), pss_mib(pid)
+            count, total = found.get(tier, (0, 0.0))
+            found[tier] = count + 1, total + size
+    return found
+
+
+def pss_mib(pid: int) -> float:
+    """A process's proportional set size (proc_pid_smaps_rollup)."""
+    for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    return 0.0  # it is a zombie
+
+
+def processes(directory: str) -> dict[int, list[str]]:
+    """Command lines of an engine's processes, by process id."""
+    argv = {pid: words for pid, words in _commands() if words and _pid_namespace(pid) == _OURS}
+    parents = {pid: _parent(pid) for pid in argv}
+    named = {pid for pid, words in argv.items() if any(directory in word for word in words)}
+
+    def belongs(pid: int) -> bool:
+        while pid in argv:
+            if pid in named:
+                return True
+            pid = parents[pid]
+        return False
+
+    return {pid: words for pid, words in argv.items() if belongs(pid)}
+
+
+def _commands() -> Iterator[tuple[int, list[str]]]:
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                yield int(entry.name), [word for word in words if word]
+
+
+def _parent(pid: int) -> int:
+    try:
+        # proc_pid_stat(5): the command in parentheses may hold anything.
+        return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _pid_namespace(pid: int) -> str:
+    try:
+        return str((_PROC / str(pid) / "ns" / "pid").readlink())
+    except OSError:
+        return ""
+
+
+_OURS = str((_PROC / "self" / "ns" / "pid").readlink())

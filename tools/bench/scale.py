@@ -1,0 +1,60 @@
+"""How much is measured: all of it, or as much as fits in three minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Numbers of everything.
+
+    Attributes:
+        rounds: timed rounds of short calls.
+        pulls: timed rounds of pulls and other things that take seconds.
+        fleet: containers that are started for a rate, and that run beside a recovery.
+        crowds: containers that run beside what is measured.
+        records: container records that a list has.
+        events: events in the journal.
+        layers: layers of an image.
+        files: files of the image of many; their MiB are about a sixtieth.
+        big_mib: size of the image of few big files.
+        log_mib: what a container writes to its log.
+    """
+
+    rounds: int
+    pulls: int
+    fleet: int
+    crowds: tuple[int, ...]
+    records: tuple[int, ...]
+    events: tuple[int, ...]
+    layers: tuple[int, ...]
+    files: int
+    big_mib: int
+    log_mib: int
+
+
+FULL = Scale(
+    rounds=30,
+    pulls=5,
+    fleet=200,
+    crowds=(0, 50, 200),
+    records=(10, 100, 1000),
+    events=(10, 10_000),
+    layers=(1, 20, 100),
+    files=17_000,
+    big_mib=300,
+    log_mib=256,
+)
+QUICK = Scale(
+    rounds=3,
+    pulls=1,
+    fleet=16,
+    crowds=(0, 8),
+    records=(10, 40),
+    events=(10, 500),
+    layers=(1, 10),
+    files=1_500,
+    big_mib=32,
+    log_mib=32,
+)
