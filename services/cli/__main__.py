@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from services.cli.commands import Command
     from services.cli.engine import Engine
+    from services.common.errors import TheseusError
 
 DEFAULT_HOST = "unix:///run/theseus/daemon/daemon.sock"
 EXIT_USAGE = 125
@@ -88,19 +89,28 @@ def _global_options(given: list[str]) -> Namespace:
 def _run(command: Command, arguments: Namespace, options: Namespace) -> int:
     # Imported late: help and wrong command lines are answered without gRPC.
     from services.cli.engine import Engine
+    from services.cli.failure import report
     from services.common.errors import TheseusError
 
     request_id.set(new_request_id())
     try:
         return asyncio.run(_with_engine(command, arguments, Engine(options.host)))
-    except TheseusError as error:
+    except (UsageError, BrokenPipeError):
+        raise
+    except Exception as error:
         if options.debug:
             import traceback
 
             traceback.print_exc()
-        from services.cli.failure import report
+        known = error if isinstance(error, TheseusError) else _fault(error)
+        return report(known, otherwise=command.failure)
 
-        return report(error, otherwise=command.failure)
+
+def _fault(error: Exception) -> TheseusError:
+    from services.common.errors import Internal
+
+    what = f"{type(error).__name__}: {error}"
+    return Internal(f"internal error of the command, show it with --debug: {what}")
 
 
 async def _with_engine(command: Command, arguments: Namespace, engine: Engine) -> int:

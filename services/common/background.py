@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_AGAIN_S = 0.5
+
 
 class Background:
     """An async context manager that owns tasks: on exit they are cancelled and awaited."""
@@ -41,11 +43,11 @@ class Background:
     async def stop(self) -> None:
         """Cancel all tasks and wait until they have ended, those that they start meanwhile too."""
         while self._tasks:
-            tasks = list(self._tasks)
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._tasks.difference_update(tasks)
+            # A task may lose a cancellation (grpc.aio does, for a call that ends at that moment),
+            # so those that are left are cancelled again.
+            await asyncio.wait(self._tasks, timeout=_AGAIN_S)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -18,13 +18,15 @@ from services.common.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from services.common.server import CallLabels
+
 _LABELS = ("grpc_type", "grpc_service", "grpc_method")
 _REQUEST_LIMIT_BYTES = 16384
 _REQUEST_TIMEOUT_S = 10.0
 
 
 class ServerMetrics:
-    """Counts and times the calls that a gRPC server handles."""
+    """Counts and times the calls of a server; see services.common.server.CallMetrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -43,6 +45,15 @@ class ServerMetrics:
             _LABELS,
             registry=registry,
         )
+
+    def begin(self, labels: CallLabels) -> None:
+        """Count the start of a call."""
+        self.started.labels(*labels).inc()
+
+    def end(self, labels: CallLabels, code: str, took_s: float) -> None:
+        """Count the end of a call."""
+        self.handled.labels(*labels, code).inc()
+        self.handling.labels(*labels).observe(took_s)
 
 
 class MetricsEndpoint:

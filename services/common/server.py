@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import structlog
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import ServiceDescriptor
 
-    from services.common.metrics import ServerMetrics
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +57,22 @@ class Service:
     descriptor: ServiceDescriptor
 
 
+CallLabels = tuple[str, str, str]
+"""Kind of a call (``unary``, ``bidi_stream`` and so on), service, method."""
+
+
+class CallMetrics(Protocol):
+    """Counts and times the calls that a server handles."""
+
+    def begin(self, labels: CallLabels) -> None:
+        """Count the start of a call."""
+        ...
+
+    def end(self, labels: CallLabels, code: str, took_s: float) -> None:
+        """Count the end of a call; ``code`` is spelt as in Go: ``NotFound``."""
+        ...
+
+
 class RpcServer:
     """Serves ``services``, grpc.health.v1 and reflection on ``socket``.
 
@@ -76,7 +91,7 @@ class RpcServer:
         tier: str,
         socket: Path,
         services: Sequence[Service],
-        metrics: ServerMetrics,
+        metrics: CallMetrics,
         reflection: bool = True,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
@@ -193,7 +208,7 @@ def request_namespace(context: grpc.aio.ServicerContext[Any, Any]) -> str:
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
-    def __init__(self, metrics: ServerMetrics) -> None:
+    def __init__(self, metrics: CallMetrics) -> None:
         self._metrics = metrics
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -225,7 +240,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One method's handler with what surrounds it."""
 
-    def __init__(self, metrics: ServerMetrics, method: str, handler: Any) -> None:
+    def __init__(self, metrics: CallMetrics, method: str, handler: Any) -> None:
         self._metrics = metrics
         self._method = method
         _, service, name = method.split("/", 2)
@@ -264,7 +279,7 @@ class _Call:
         structlog.contextvars.bind_contextvars(request_id=identity)
         if namespace := metadata_value(context, NAMESPACE_KEY):
             structlog.contextvars.bind_contextvars(namespace=namespace)
-        self._metrics.started.labels(*self._labels).inc()
+        self._metrics.begin(self._labels)
         began = time.perf_counter()
         try:
             yield outcome
@@ -275,8 +290,7 @@ class _Call:
             took_s = time.perf_counter() - began
             code = outcome.code
             name = "OK" if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
-            self._metrics.handled.labels(*self._labels, name).inc()
-            self._metrics.handling.labels(*self._labels).observe(took_s)
+            self._metrics.end(self._labels, name, took_s)
             log.debug("call handled", method=self._method, code=code.name, seconds=round(took_s, 6))
 
     async def _fail(

@@ -2,100 +2,145 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from typing import TYPE_CHECKING
 
-from services.common.metrics import ServerMetrics, render_registry
+from services.shim.counters import Counter, Histogram, head, sample
+from services.shim.stdio.sink import STDERR, STDOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from services.common.server import CallLabels
 
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
+_CALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_STREAMS = (STDOUT, STDERR)
+_CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class CallMetrics:
+    """Counts and times the calls of a server; see services.common.server.CallMetrics."""
+
+    def __init__(self) -> None:
+        self._started: dict[CallLabels, int] = {}
+        self._handled: dict[tuple[CallLabels, str], int] = {}
+        self._handling: dict[CallLabels, Histogram] = {}
+
+    def begin(self, labels: CallLabels) -> None:
+        """Count the start of a call."""
+        self._started[labels] = self._started.get(labels, 0) + 1
+
+    def end(self, labels: CallLabels, code: str, took_s: float) -> None:
+        """Count the end of a call."""
+        key = labels, code
+        self._handled[key] = self._handled.get(key, 0) + 1
+        histogram = self._handling.get(labels)
+        if histogram is None:
+            histogram = self._handling[labels] = Histogram(_CALL_BUCKETS)
+        histogram.observe(took_s)
+
+    def lines(self) -> Iterator[str]:
+        """Its part of the page."""
+        name = "grpc_server_started_total"
+        yield head(name, "counter", "Calls started on the server.")
+        for labels, count in self._started.items():
+            yield sample(name, _named(labels), count)
+        name = "grpc_server_handled_total"
+        yield head(name, "counter", "Calls ended on the server, whatever their outcome.")
+        for (labels, code), count in self._handled.items():
+            yield sample(name, (*_named(labels), ("grpc_code", code)), count)
+        name = "grpc_server_handling_seconds"
+        yield head(name, "histogram", "Time from the start of a call to its end.")
+        for labels, histogram in self._handling.items():
+            yield from histogram.samples(name, _named(labels))
 
 
 class ShimMetrics:
-    """All metrics of one shim, in a registry of its own."""
+    """All metrics of one shim."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry(auto_describe=False)
-        self.server = ServerMetrics(registry)
-        self.create_seconds = Histogram(
-            "theseus_shim_create_seconds",
-            "Time to create a container.",
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self.start_seconds = Histogram(
-            "theseus_shim_start_seconds",
-            "Time to start a container.",
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self.exec_seconds = Histogram(
-            "theseus_shim_exec_seconds",
-            "Time to start an exec process.",
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self._bytes = Counter(
-            "theseus_shim_output_bytes",
-            "Output read from processes.",
-            ("stream",),
-            registry=registry,
-        )
-        self._lines = Counter(
-            "theseus_shim_output_lines",
-            "Newlines in the output read from processes.",
-            ("stream",),
-            registry=registry,
-        )
-        self._dropped = Counter(
-            "theseus_shim_dropped_bytes",
-            "Output that neither a log nor a reader has got.",
-            ("stream",),
-            registry=registry,
-        )
-        self.zombies_reaped = Gauge(
-            "theseus_shim_zombies_reaped",
-            "Orphans of containers that were reaped.",
-            registry=registry,
-        )
-        self.spool_length = Gauge(
-            "theseus_shim_spool_length",
-            "Events that are not acknowledged.",
-            registry=registry,
-        )
-        self.spool_failures = Counter(
-            "theseus_shim_spool_write_failures",
-            "Events that could be kept in memory only.",
-            registry=registry,
-        )
-        self.generation = Gauge(
-            "theseus_shim_generation",
-            "How often the process was re-executed.",
-            registry=registry,
-        )
-        self.registrations = Counter(
-            "theseus_shim_registrations",
-            "Registrations with containerd.",
-            registry=registry,
-        )
-        self.registered = Gauge(
-            "theseus_shim_registered",
-            "1 while the registration stands.",
-            registry=registry,
-        )
-        self.refused_epochs = Counter(
-            "theseus_shim_refused_epochs",
-            "Registrations refused because containerd's epoch was an old one.",
-            registry=registry,
-        )
+        self.server = CallMetrics()
+        self.create_seconds = Histogram(_BUCKETS)
+        self.start_seconds = Histogram(_BUCKETS)
+        self.exec_seconds = Histogram(_BUCKETS)
+        self.zombies_reaped = Counter()
+        self.spool_length = Counter()
+        self.spool_failures = Counter()
+        self.generation = Counter()
+        self.registrations = Counter()
+        self.registered = Counter()
+        self.refused_epochs = Counter()
+        self._bytes = {stream: Counter() for stream in _STREAMS}
+        self._lines = {stream: Counter() for stream in _STREAMS}
+        self._dropped = {stream: Counter() for stream in _STREAMS}
 
     def read(self, stream: str, data: bytes) -> None:
         """Count output that was read."""
-        self._bytes.labels(stream).inc(len(data))
-        self._lines.labels(stream).inc(data.count(b"\n"))
+        self._bytes[stream].inc(len(data))
+        self._lines[stream].inc(data.count(b"\n"))
 
     def dropped(self, stream: str, count: int) -> None:
         """Count output that is lost."""
-        self._dropped.labels(stream).inc(count)
+        self._dropped[stream].inc(count)
 
     def page(self) -> bytes:
         """The page in Prometheus' text format."""
-        return render_registry(self.registry)
+        return "".join([*self.server.lines(), *self._own_lines()]).encode()
+
+    def _own_lines(self) -> Iterator[str]:
+        for part, histogram, words in (
+            ("create", self.create_seconds, "Time to create a container."),
+            ("start", self.start_seconds, "Time to start a container."),
+            ("exec", self.exec_seconds, "Time to start an exec process."),
+        ):
+            name = f"theseus_shim_{part}_seconds"
+            yield head(name, "histogram", words)
+            yield from histogram.samples(name, ())
+        for part, streams, words in (
+            ("output_bytes", self._bytes, "Output read from processes."),
+            ("output_lines", self._lines, "Newlines in the output read from processes."),
+            ("dropped_bytes", self._dropped, "Output that neither a log nor a reader has got."),
+        ):
+            name = f"theseus_shim_{part}_total"
+            yield head(name, "counter", words)
+            for stream, counter in streams.items():
+                yield sample(name, (("stream", stream),), counter.value)
+        for part, counter, kind, words in self._plain():
+            name = f"theseus_shim_{part}"
+            yield head(name, kind, words)
+            yield sample(name, (), counter.value)
+
+    def _plain(self) -> tuple[tuple[str, Counter, str, str], ...]:
+        return (
+            (
+                "zombies_reaped",
+                self.zombies_reaped,
+                "gauge",
+                "Orphans of containers that were reaped.",
+            ),
+            ("spool_length", self.spool_length, "gauge", "Events that are not acknowledged."),
+            (
+                "spool_write_failures_total",
+                self.spool_failures,
+                "counter",
+                "Events that could be kept in memory only.",
+            ),
+            ("generation", self.generation, "gauge", "How often the process was re-executed."),
+            (
+                "registrations_total",
+                self.registrations,
+                "counter",
+                "Registrations with containerd.",
+            ),
+            ("registered", self.registered, "gauge", "1 while the registration stands."),
+            (
+                "refused_epochs_total",
+                self.refused_epochs,
+                "counter",
+                "Registrations refused because containerd's epoch was an old one.",
+            ),
+        )
+
+
+def _named(labels: CallLabels) -> tuple[tuple[str, str], ...]:
+    return tuple(zip(_CALL_LABELS, labels, strict=True))

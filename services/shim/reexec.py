@@ -130,7 +130,7 @@ class Reexecution:
             [*program, "reexec", "--check"],
             stdio=None,
             timeout_s=_CHECK_LIMIT_S,
-            environment=_environment(invocation.ENVIRONMENT, program),
+            environment=_environment(invocation.ENVIRONMENT, _search_path(program)),
         )
         try:
             if not outcome.succeeded:
@@ -164,6 +164,7 @@ class Reexecution:
             **self._pack(out),
             "fds": out.fds,
             "program": OWN_PROGRAM,
+            "search_path": str(ROOT),
             "version": VERSION,
             "generation": self.attempt.generation + 1,
             "paused_at_ns": time.monotonic_ns(),
@@ -171,7 +172,7 @@ class Reexecution:
         log.info("shim executes its successor", program=program, fds=len(out.fds))
         state = handover.write(document)
         try:
-            execute(program, state, out.fds)
+            execute(program, state, out.fds, search_path=_search_path(program))
         except OSError as error:
             os.close(state)
             raise FailedPrecondition(
@@ -179,8 +180,22 @@ class Reexecution:
             ) from error
 
 
-def execute(program: Sequence[str], state: int, fds: Sequence[int], failure: str = "") -> NoReturn:
+def execute(
+    program: Sequence[str],
+    state: int,
+    fds: Sequence[int],
+    *,
+    search_path: str,
+    failure: str = "",
+) -> NoReturn:
     """Replace this process' image; its descriptors in ``fds`` and ``state`` stay open.
+
+    Args:
+        program: absolute path, and arguments before the subcommand.
+        state: the memfd.
+        fds: what it names.
+        search_path: goes in front of Python's module search path; empty for none.
+        failure: why a newer version is rolled back by this.
 
     Raises:
         OSError: it cannot be executed, and all is as before.
@@ -190,7 +205,7 @@ def execute(program: Sequence[str], state: int, fds: Sequence[int], failure: str
         arguments += ["--failure", failure]
     handover.keep_over_exec(fds, keep=True)
     try:
-        os.execve(program[0], arguments, _environment(os.environ, program))
+        os.execve(program[0], arguments, _environment(os.environ, search_path))
     finally:
         handover.keep_over_exec(fds, keep=False)
 
@@ -261,7 +276,14 @@ class Successor:
             failure = f"version {VERSION} did not come up and was rolled back: {reason}"
             log.error("shim is rolled back", reason=reason)
             # If even that fails, the process ends, and containerd has a successor for it.
-            execute(self.document["program"], self._state, self.document["fds"], failure)
+            document = self.document
+            execute(
+                document["program"],
+                self._state,
+                document["fds"],
+                search_path=document["search_path"],
+                failure=failure,
+            )
 
     def _late(self) -> None:
         self.roll_back(f"it did not serve within {self._limit_s:g} s")
@@ -283,11 +305,15 @@ async def _await(work: Awaitable[None]) -> None:
     await work
 
 
-def _environment(environment: Mapping[str, str], program: Sequence[str]) -> dict[str, str]:
-    """``environment`` with the module search path that ``program`` needs."""
+def _search_path(program: Sequence[str]) -> str:
+    return str(ROOT) if tuple(program) == OWN_PROGRAM else ""
+
+
+def _environment(environment: Mapping[str, str], search_path: str) -> dict[str, str]:
+    """``environment`` with ``search_path`` in front of Python's, and without this version's."""
     found = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
     paths = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
     paths = [path for path in paths if path != str(ROOT)]
-    if tuple(program) == OWN_PROGRAM:
-        paths.insert(0, str(ROOT))
+    if search_path:
+        paths.insert(0, search_path)
     return {**found, "PYTHONPATH": ":".join(paths)} if paths else found

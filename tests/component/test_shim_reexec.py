@@ -200,7 +200,7 @@ async def test_created_container_and_added_exec_are_kept(maker, fake):
 async def test_program_that_fails_its_self_check_changes_nothing(maker, fake, tmp_path):
     shim = await shell(maker, fake, "sleep 1000")
     for program in ("/bin/false", "/bin/true", str(tmp_path / "none")):
-        with pytest.raises(errors.FailedPrecondition, match="self-check|cannot be started"):
+        with pytest.raises(errors.FailedPrecondition, match=r"self-check|cannot be started"):
             await shim.reexec(program)
     assert (await shim.info()).generation == 0
     assert (await shim.state()).status == task_pb2.RUNNING
@@ -225,21 +225,19 @@ async def test_another_version_takes_over(maker, fake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "limit_s", "reason"),
+    ("fault", "reason"),
     [
-        ("raise RuntimeError('broken')", 30, "RuntimeError: broken"),
-        ("__import__('time').sleep(1000)", 2, "did not serve within 2 s"),
+        ("raise RuntimeError('broken')", "RuntimeError: broken"),
+        ("__import__('time').sleep(1000)", "did not serve within 8 s"),
     ],
     ids=["fails", "hangs"],
 )
-async def test_version_that_does_not_come_up_is_rolled_back(
-    maker, fake, tmp_path, fault, limit_s, reason
-):
+async def test_version_that_does_not_come_up_is_rolled_back(maker, fake, tmp_path, fault, reason):
     program = another_version(tmp_path / "bad", fault)
     log, stop = tmp_path / "c.log", tmp_path / "stop"
     uri = f"theseus-log://{log}"
     spec = plain_spec("/bin/sh", "-c", TICKING, env=[f"STOP={stop}"])
-    shim = await maker.start(maker.bundle(spec), come_up_limit_s=limit_s)
+    shim = await maker.start(maker.bundle(spec), come_up_limit_s=8)
     await shim.create(binary=fake.path, stdout=uri)
     await shim.start()
     with pytest.raises(errors.FailedPrecondition, match=reason):
@@ -265,7 +263,7 @@ def descriptors(pid: int) -> list[str]:
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            found.append(os.readlink(entry))
+            found.append(str(entry.readlink()))
         except FileNotFoundError:
             continue
     return sorted(found)

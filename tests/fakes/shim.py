@@ -115,7 +115,7 @@ class FakeShim(
         self.processes: dict[str, FakeProcess] = {}
         self.page = b"# HELP fake_up One.\n# TYPE fake_up gauge\nfake_up 1.0\n"
         self.attached: list[streams_pb2.AttachRequest] = []
-        self.cancelled = asyncio.Event()
+        self.detached = asyncio.Event()
         self.protocol = (1, 1)
         self.on_create: Any = None
         self._stand_in: asyncio.subprocess.Process | None = None
@@ -551,24 +551,21 @@ class FakeShim(
     ) -> AsyncIterator[streams_pb2.AttachResponse]:
         """Echo: what is written as input comes back as output; the end of input ends it."""
         await self._enter("Attach", context)
+        context.add_done_callback(lambda _: self.detached.set())
         offset = 0
-        try:
-            async for request in request_iterator:
-                self.attached.append(request)
-                kind = request.WhichOneof("message")
-                if kind == "start":
-                    yield streams_pb2.AttachResponse(started=streams_pb2.Started())
-                elif kind == "input":
-                    yield streams_pb2.AttachResponse(
-                        output=streams_pb2.Output(offset=offset, data=request.input.data)
-                    )
-                    offset += len(request.input.data)
-                elif kind == "close_input":
-                    break
-            yield streams_pb2.AttachResponse(finished=streams_pb2.Finished(offset=offset))
-        except BaseException:
-            self.cancelled.set()
-            raise
+        async for request in request_iterator:
+            self.attached.append(request)
+            kind = request.WhichOneof("message")
+            if kind == "start":
+                yield streams_pb2.AttachResponse(started=streams_pb2.Started())
+            elif kind == "input":
+                yield streams_pb2.AttachResponse(
+                    output=streams_pb2.Output(offset=offset, data=request.input.data)
+                )
+                offset += len(request.input.data)
+            elif kind == "close_input":
+                break
+        yield streams_pb2.AttachResponse(finished=streams_pb2.Finished(offset=offset))
 
 
 def _time(nanoseconds: int) -> Timestamp | None:

@@ -24,6 +24,11 @@ class Fleet:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.containers: list[str] = []
+        self._others = 0
+
+    async def look(self) -> None:
+        """Count what runs already: something that failed may have left it."""
+        self._others = await self._engine.running()
 
     async def grow(self, size: int, *, clients: int = CLIENTS, network: str = "none") -> None:
         """Start containers until there are ``size``, ``clients`` at a time."""
@@ -42,7 +47,8 @@ class Fleet:
         Raises:
             BenchError: some do not.
         """
-        if (running := await self._engine.running()) != len(self.containers):
+        running = await self._engine.running() - self._others
+        if running != len(self.containers):
             raise BenchError(f"{running} of {len(self.containers)} containers are running")
 
     async def destroy(self) -> None:
@@ -55,6 +61,7 @@ class Fleet:
 async def fleet(engine: Engine, size: int = 0) -> AsyncIterator[Fleet]:
     """A fleet of ``size`` that is there inside the block."""
     ships = Fleet(engine)
+    await ships.look()
     try:
         await ships.grow(size)
         yield ships

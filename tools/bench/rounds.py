@@ -41,14 +41,17 @@ class Trial:
     name: str = field(default="", compare=False)
 
 
-async def interleave(bench: Bench, trials: Sequence[Trial], rounds: int) -> None:
+async def interleave(
+    bench: Bench, trials: Sequence[Trial], rounds: int, *, warm: bool = True
+) -> None:
     """Add ``rounds`` samples of each trial's quantities to the bench's figures.
 
     A round before them warms up. The order turns, so that nobody always follows the same one. A
     trial that fails is not tried again: it is named in the report with its reason.
     """
     left = list(trials)
-    for number in range(rounds + 1):
+    samples: dict[Trial, list[dict[Quantity, float]]] = {trial: [] for trial in trials}
+    for number in range(0 if warm else 1, rounds + 1):
         turn = number % max(1, len(left))
         for trial in [*left[turn:], *left[:turn]]:
             watch = Stopwatch()
@@ -57,5 +60,8 @@ async def interleave(bench: Bench, trials: Sequence[Trial], rounds: int) -> None
             if not outcome.well:
                 left.remove(trial)
             elif number:
-                for quantity, value in watch.found.items():
-                    bench.figures.add(quantity, trial.subject, value)
+                samples[trial].append(watch.found)
+    for trial, rounds_found in samples.items():
+        for found in rounds_found:
+            for quantity, value in found.items():
+                bench.figures.add(quantity, trial.subject, value)

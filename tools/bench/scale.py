@@ -17,6 +17,8 @@ class Scale:
         records: container records that a list has.
         events: events in the journal.
         layers: layers of an image.
+        networks: those of the rates.
+        warm: whether pulls have an untimed round before the others.
         files: files of the image of many; their MiB are about a sixtieth.
         big_mib: size of the image of few big files.
         log_mib: what a container writes to its log.
@@ -32,6 +34,8 @@ class Scale:
     files: int
     big_mib: int
     log_mib: int
+    networks: tuple[str, ...]
+    warm: bool
 
 
 FULL = Scale(
@@ -45,16 +49,20 @@ FULL = Scale(
     files=17_000,
     big_mib=300,
     log_mib=256,
+    networks=("none", "bridge"),
+    warm=True,
 )
 QUICK = Scale(
-    rounds=3,
+    rounds=2,
     pulls=1,
-    fleet=16,
+    fleet=8,
     crowds=(0, 8),
     records=(10, 40),
     events=(10, 500),
-    layers=(1, 10),
+    layers=(1, 8),
     files=1_500,
     big_mib=32,
     log_mib=32,
+    networks=("none",),
+    warm=False,
 )

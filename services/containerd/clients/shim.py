@@ -27,8 +27,10 @@ from services.containerd.tasks.shim import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
+    from services.containerd.tasks.shim import Attachment
     from services.containerd.typed import TypedValue
 
 ATTACH_METHOD = "/theseus.shim.v1.Streams/Attach"
@@ -203,18 +205,11 @@ class ShimClient:
             request = control_pb2.MetricsRequest()
             return (await self._control.Metrics(request, timeout=_QUICK_S)).text
 
-    async def attach(
-        self, requests: AsyncIterator[bytes], *, timeout_s: float | None
-    ) -> AsyncIterator[bytes]:
+    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
         """As ``Shim.attach``."""
         method: Any = self._channel.stream_stream(ATTACH_METHOD)  # no serializers: bytes both ways
         with self._call():
-            call = method(requests, timeout=timeout_s)
-            try:
-                async for response in call:
-                    yield response
-            finally:
-                call.cancel()
+            return _Attachment(method(requests, timeout=timeout_s), self._call)
 
     async def close(self) -> None:
         """As ``Shim.close``: calls under way end with ``Unavailable``."""
@@ -244,6 +239,20 @@ class ShimClient:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"the shim of task '{self._id}' went away during the call: try again")
+
+
+class _Attachment:
+    def __init__(self, call: Any, surround: Callable[[], AbstractContextManager[None]]) -> None:
+        self._call = call
+        self._surround = surround
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with self._surround():
+            async for response in self._call:
+                yield response
+
+    def cancel(self) -> None:
+        self._call.cancel()
 
 
 def _is_cancelled() -> bool:

@@ -36,21 +36,20 @@ class RegistryService(registry_pb2_grpc.RegistryServicer):
         if first is None or first.WhichOneof("message") != "hello":
             raise InvalidArgument("the first message of a registration must be hello")
         welcome, session = await self._shims.register(hello_from_pb(first.hello))
-        try:
-            yield pb.RegisterResponse(
-                welcome=pb.Welcome(
-                    containerd_id=welcome.containerd_id,
-                    epoch=welcome.epoch,
-                    last_acked_seq=welcome.last_acked_seq,
-                    protocol=welcome.protocol,
-                )
+        # Not a finally: a call that is cancelled during a write leaves this generator hanging.
+        context.add_done_callback(lambda _: session.close())  # type: ignore[arg-type]  # its stub
+        yield pb.RegisterResponse(
+            welcome=pb.Welcome(
+                containerd_id=welcome.containerd_id,
+                epoch=welcome.epoch,
+                last_acked_seq=welcome.last_acked_seq,
+                protocol=welcome.protocol,
             )
-            async with Background() as background:
-                background.start(_read(request_iterator, session), name="events of a shim")
-                while (seq := await session.next_ack()) is not None:
-                    yield pb.RegisterResponse(ack=pb.Ack(seq=seq))
-        finally:
-            session.close()
+        )
+        async with Background() as background:
+            background.start(_read(request_iterator, session), name="events of a shim")
+            while (seq := await session.next_ack()) is not None:
+                yield pb.RegisterResponse(ack=pb.Ack(seq=seq))
 
 
 async def _read(request_iterator: AsyncIterator[pb.RegisterRequest], session: ShimSession) -> None:

@@ -6,7 +6,6 @@ directions, at the pace of the slower side. A call that is cancelled is cancelle
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -37,15 +36,16 @@ class StreamsService:
         """See the contract. Messages are serialized ones."""
         first = await anext(request_iterator, None)
         container_id = _container(first)
-        responses: Any = await self._tasks.attach(
+        attachment = await self._tasks.attach(
             request_namespace(context),
             container_id,
             _again(first or b"", request_iterator),
             timeout_s=context.time_remaining(),
         )
-        async with aclosing(responses) as stream:
-            async for response in stream:
-                yield response
+        # Not a finally: a call that is cancelled during a write leaves this generator hanging.
+        context.add_done_callback(lambda _: attachment.cancel())  # type: ignore[arg-type]  # its stub
+        async for response in attachment:
+            yield response
 
 
 def add_streams_to_server(servicer: StreamsService, server: Any) -> None:

@@ -22,7 +22,7 @@ from services.containerd.tasks.shim import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from services.containerd.tasks.shim import CreateTask, Stdio
+    from services.containerd.tasks.shim import Attachment, CreateTask, Stdio
     from services.containerd.typed import TypedValue
 
 
@@ -169,9 +169,7 @@ class GoneShim:
         """As ``Shim.metrics``: nothing is measured."""
         return b""
 
-    def attach(
-        self, requests: AsyncIterator[bytes], *, timeout_s: float | None
-    ) -> AsyncIterator[bytes]:
+    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
         """As ``Shim.attach``; refused: what was not logged went with the shim."""
         self._refuse()
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.metrics import TaskMetrics
-    from services.containerd.tasks.shim import ProcessInfo, Shim
+    from services.containerd.tasks.shim import Attachment, ProcessInfo, Shim
     from services.containerd.tasks.shims import ShimManager
     from services.containerd.typed import TypedValue
 
@@ -282,8 +282,8 @@ class TaskManager:
         requests: AsyncIterator[bytes],
         *,
         timeout_s: float | None,
-    ) -> AsyncIterator[bytes]:
-        """One ``Streams.Attach`` of a task's shim, its messages unparsed."""
+    ) -> Attachment:
+        """Begin a ``Streams.Attach`` of a task's shim, its messages unparsed."""
         shim = await self._shims.get(namespace, container_id).ready()
         return shim.attach(requests, timeout_s=timeout_s)
 

@@ -101,6 +101,15 @@ class ShimInfo:
     version: str
 
 
+class Attachment(Protocol):
+    """One call of ``theseus.shim.v1.Streams.Attach``; iteration gives its responses, unparsed."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def cancel(self) -> None:
+        """End the call, wherever it is. Idempotent."""
+
+
 class Shim(Protocol):
     """One shim. Every method raises ``Unavailable`` when the shim cannot be reached now."""
 
@@ -201,13 +210,8 @@ class Shim(Protocol):
     async def metrics(self) -> bytes:
         """The shim's page of metrics, in Prometheus' text format."""
 
-    def attach(
-        self, requests: AsyncIterator[bytes], *, timeout_s: float | None
-    ) -> AsyncIterator[bytes]:
-        """One call of ``theseus.shim.v1.Streams.Attach``, its messages unparsed in both directions.
-
-        Close the iterator to cancel the call.
-        """
+    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
+        """Begin a call of ``theseus.shim.v1.Streams.Attach``, its messages unparsed."""
 
     async def close(self) -> None:
         """Give up the connection. Idempotent; the shim does not notice."""

@@ -328,8 +328,9 @@ class Output:
         for reader in self._readers:
             reader.wake()
 
-    def _start_grace(self, grace_s: float = RECONNECT_GRACE_S) -> None:
+    def _start_grace(self, grace_s: float | None = None) -> None:
         self._stop_grace()
+        grace_s = RECONNECT_GRACE_S if grace_s is None else grace_s
         self._grace = self._loop.call_later(max(0.0, grace_s), self._end_grace)
 
     def _stop_grace(self) -> None:

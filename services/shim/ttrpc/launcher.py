@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import sys
+
+from services.shim.ttrpc.warm import Warm, WarmProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,27 +20,61 @@ if TYPE_CHECKING:
 def launch(request: StartRequest, listener: _socket.socket, release: Callable[[], None]) -> None:
     """Leave a shim behind that serves ``listener``.
 
+    A process that has everything imported forks it, if there is one; else such a process is left
+    behind, and the shim is the first that it forks.
+
     Args:
-        request: what it is told.
+        request: what the shim is told.
         listener: its socket, listening.
-        release: gives up the lock that must not be inherited.
+        release: gives up the lock of the socket's directory, which must not be inherited.
     """
+    warm = Warm(os.path.dirname(str(listener.getsockname())))
     release()
+    if warm.ask(request, listener):
+        return
     if os.fork() == 0:
-        become_shim(request, listener.detach())
+        _become_warm(request, listener.detach(), warm.listener)
 
 
 def become_shim(request: StartRequest, listener: int) -> NoReturn:
     """Be the shim, to its end; never returns to the caller's code."""
-    status = 1
-    try:
+
+    def work() -> None:
+        detach(request)
+        from services.shim.ttrpc.app import run
+
+        run(request, listener)
+
+    _do_and_exit(work)
+
+
+def _become_warm(request: StartRequest, listener: int, requests: _socket.socket | None) -> NoReturn:
+    """Import everything, fork the shim, and go on to fork others if there is a socket for that."""
+
+    def work() -> None:
         detach(request)
         # An installed rich would be imported by structlog for coloured tracebacks: 60 ms, 10 MB.
         sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # such an import fails
         # Imported when containerd has its answer already.
+        from services.common import linux
         from services.shim.ttrpc.app import run
 
-        run(request, listener)
+        if requests is None:
+            run(request, listener)
+            return
+        linux.set_process_name("theseus-warm")
+        warm = WarmProcess(requests, become_shim)
+        warm.fork(request, listener)
+        _close_log()
+        warm.run()
+
+    _do_and_exit(work)
+
+
+def _do_and_exit(work: Callable[[], None]) -> NoReturn:
+    status = 1
+    try:
+        work()
         status = 0
     except BaseException as error:
         import traceback
@@ -56,8 +91,11 @@ def detach(request: StartRequest) -> None:
         os.dup2(null, fd)
     os.close(null)
     os.setsid()
+    import signal  # with enum 5 ms, which containerd need not wait for
+
     for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
+    _close_log()
     sys.stderr = LogPipe(request.bundle)
     os.chdir("/")
     try:
@@ -65,6 +103,12 @@ def detach(request: StartRequest) -> None:
             file.write(request.oom_score_adj)
     except OSError as error:
         sys.stderr.write(f"oom_score_adj cannot be set: {error.strerror}\n")
+
+
+def _close_log() -> None:
+    if isinstance(sys.stderr, LogPipe):
+        sys.stderr.close()
+        sys.stderr = None
 
 
 class LogPipe:
@@ -98,6 +142,10 @@ class LogPipe:
         except OSError:
             pass
         return len(text)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
 
     def flush(self) -> None:
         """Nothing is held back."""

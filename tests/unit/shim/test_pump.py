@@ -209,7 +209,7 @@ async def test_fifo_input_ends_with_the_last_client_after_release(tmp_path):
     os.mkfifo(path)
     read, write = os.pipe()
     os.set_blocking(write, False)
-    fifo = FifoInput(path, Input(write, terminal=False))
+    fifo = FifoInput.open(path, Input(write, terminal=False))
     copying = asyncio.ensure_future(fifo.copy())
     await asyncio.to_thread(path.write_bytes, b"one ")
     await asyncio.to_thread(path.write_bytes, b"two")

@@ -42,17 +42,16 @@ async def _run(bench: Bench, engine: Engine, size: int) -> None:
         with watch(quantity):
             await bare.run("runc")
 
-    # Each engine's crowd is another one, and so is the bare runtime in it.
-    subject = Subject(f"bare runc beside {engine.subject.name}'s", bare.subject.role)
+    subject = Subject("bare runc", bare.subject.role)
     once = partial(run_once, engine, Plan(), quantity)
     trials = [Trial(engine.subject, once, quantity.what), Trial(subject, limit, "bare runc")]
-    await interleave(bench, trials, max(3, bench.scale.rounds // 3))
+    await interleave(bench, trials, max(2, bench.scale.rounds // 3))
 
 
 CROWD = Case(
     "crowd",
     "Run-to-exit in a crowd",
     "Run-to-exit while idle containers of the same engine run beside it, and the bare runtime in "
-    "the same crowd: what the kernel takes more, nobody can do without.",
+    "the same crowds: what the kernel takes more, nobody can do without.",
     _measure,
 )

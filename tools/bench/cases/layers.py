@@ -31,7 +31,7 @@ async def _measure(bench: Bench) -> None:
             Trial(engine.subject, partial(_once, engine, reference, size), f"{size} layers")
             for engine in engines
         ]
-        await interleave(bench, trials, max(2, bench.scale.pulls))
+        await interleave(bench, trials, bench.scale.pulls, warm=bench.scale.warm)
 
 
 async def _once(engine: Engine, reference: str, size: int, watch: Stopwatch) -> None:

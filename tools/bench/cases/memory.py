@@ -39,8 +39,11 @@ def _weigh(bench: Bench, engine: Engine, size: int) -> None:
             bench.figures.add(
                 memory_quantity(engine, f"the {tier}", size), engine.subject, tiers[tier][1]
             )
+    if not engine.servers:
+        tiers.pop("daemon", None)  # a command that has not ended yet
     servers = sum(mib for tier, (_, mib) in tiers.items() if tier in SERVERS)
-    bench.figures.add(memory_quantity(engine, "all servers", size), engine.subject, servers)
+    if servers:
+        bench.figures.add(memory_quantity(engine, "all servers", size), engine.subject, servers)
     if size:
         _, shims = tiers["shim"]
         quantity = memory_quantity(engine, "the shim of an idle container", size)

@@ -42,7 +42,7 @@ async def _measure(bench: Bench) -> None:
             for engine in engines
         ]
         trials.append(await _limit(bench, reference, kind))
-        await interleave(bench, trials, bench.scale.pulls)
+        await interleave(bench, trials, bench.scale.pulls, warm=bench.scale.warm)
     for engine in engines:
         with bench.forgiving(engine.subject, "check of the files"):
             await _check(engine, bench.pictures.many(), bench.scale.files)

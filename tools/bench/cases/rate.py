@@ -24,7 +24,7 @@ def rate_quantity(engine: Engine, network: str, clients: int) -> Quantity:
 async def _measure(bench: Bench) -> None:
     for clients in (1, CLIENTS):
         for engine in await bench.engines():
-            for network in engine.networks:
+            for network in (n for n in engine.networks if n in bench.scale.networks):
                 with bench.forgiving(engine.subject, f"{clients} clients, network {network}"):
                     await _rate(bench, engine, network, clients)
 

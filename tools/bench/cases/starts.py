@@ -28,7 +28,7 @@ async def _measure(bench: Bench) -> None:
             trials.append(Trial(engine.subject, partial(_together, engine), "all tiers"))
         if len(engine.servers) > 1:
             trials.append(Trial(engine.subject, partial(_last, engine), "the daemon"))
-    await interleave(bench, trials, bench.scale.pulls)
+    await interleave(bench, trials, bench.scale.pulls, warm=bench.scale.warm)
 
 
 async def _alone(engine: Engine, watch: Stopwatch) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tools.bench.engines import containerd_api
 from tools.bench.engines.command import MINIMAL, output
 from tools.bench.engines.containerd_api import ContainerdApi
-from tools.bench.engines.engine import Client, Plan
+from tools.bench.engines.engine import TRUE, Client, Plan
 from tools.bench.engines.server import Server
 from tools.bench.figures import Role, Subject
 from tools.bench.pictures import chain_id
@@ -112,9 +112,9 @@ class _Containerd:
         """See Engine."""
         return await self.calls.wait(container)
 
-    async def execute(self, container: str, command: Sequence[str]) -> int:
-        """See Engine. The output goes nowhere."""
-        return await self.calls.execute(container, command)
+    async def execute(self, container: str) -> int:
+        """See Engine."""
+        return await self.calls.execute(container, TRUE)
 
     async def stop(self, container: str) -> int:
         """See Engine."""

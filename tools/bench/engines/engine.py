@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tools.bench.pictures import Pictures
 
 TRUE = ("true",)
+ECHO = ("echo", "ok")
+SAID = b"ok\n"
 IDLE = ("sh", "-c", "trap 'exit 0' TERM; sleep 100000 & wait")
 """Sits there until it is told to end, and then ends well."""
 
@@ -112,8 +114,12 @@ class Engine(Protocol):
     async def wait(self, container: str) -> int:
         """Wait for the end of a container that was started. Returns its exit code."""
 
-    async def execute(self, container: str, command: Sequence[str]) -> int:
-        """Run another command in it to its end. Returns the exit code."""
+    async def execute(self, container: str) -> int:
+        """Run another command in it to its end. Returns the exit code.
+
+        It is ``echo ok`` where its output can be attached to, which then is compared, and ``true``
+        where output goes nowhere.
+        """
 
     async def stop(self, container: str) -> int:
         """Send SIGTERM and wait for the end. Returns the exit code."""

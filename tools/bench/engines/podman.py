@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from tools.bench.engines.command import finished, output
-from tools.bench.engines.engine import BenchError, Client, Plan
+from tools.bench.engines.engine import ECHO, SAID, BenchError, Client, Plan
 from tools.bench.engines.theseus import API
 from tools.bench.figures import Role, Subject
 
@@ -84,9 +84,9 @@ class Podman:
         """See Engine."""
         return int(await self._podman("wait", "--interval", "1ms", container))
 
-    async def execute(self, container: str, command: Sequence[str]) -> int:
-        """See Engine. The output must be what `echo ok` says."""
-        if (said := await self._podman("exec", container, *command)) != "ok\n":
+    async def execute(self, container: str) -> int:
+        """See Engine."""
+        if (said := await self._podman("exec", container, *ECHO)).encode() != SAID:
             raise BenchError(f"exec said {said!r}")
         return 0
 
