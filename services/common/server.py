@@ -13,8 +13,9 @@ import grp
 import os
 import re
 import time
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from inspect import isawaitable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,7 @@ from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import to_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from google.protobuf.descriptor import ServiceDescriptor
@@ -261,13 +262,18 @@ class _Call:
             except Exception as error:
                 outcome.code = await self._fail(context, error)
 
-    async def stream(
-        self, request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
+    async def stream(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         with self._surround(context) as outcome:
             try:
-                async for response in self._behaviour(request, context):
-                    yield response
+                answering = self._behaviour(request, context)
+                if isawaitable(answering):  # it writes for itself, as grpc_health does
+                    await answering
+                    return
+                # Written here, not yielded: a generator that grpc.aio drops when the client is gone
+                # would be closed only by the garbage collector.
+                async with aclosing(answering) as responses:
+                    async for response in responses:
+                        await context.write(response)
             except Exception as error:
                 outcome.code = await self._fail(context, error)
 

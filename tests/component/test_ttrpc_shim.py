@@ -140,7 +140,7 @@ async def test_shims_come_from_one_warm_process(containerd, start):
     assert Path(f"/proc/{warm}/comm").read_text() == "theseus-warm\n"
     assert Path(f"/proc/{await one.pid()}/comm").read_text() == "theseus-shim\n"
     # Nothing of the first request is held open by it.
-    held = [os.readlink(fd) for fd in Path(f"/proc/{warm}/fd").iterdir()]
+    held = [str(fd.readlink()) for fd in Path(f"/proc/{warm}/fd").iterdir()]
     assert not [name for name in held if str(one.bundle) in name]
     await asyncio.to_thread(kill, warm)
     three = await start(plain_spec("true"), "three")
@@ -152,8 +152,8 @@ async def test_the_shim_is_independent_of_who_started_it(containerd, start):
     shim = await start(plain_spec("true"))
     pid = await shim.pid()
     assert os.getsid(pid) != os.getsid(0)
-    assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert {Path(f"/proc/{pid}/fd/{fd}").readlink() for fd in range(3)} == {Path("/dev/null")}
+    assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "google/_upb" in maps
     assert "cygrpc" not in maps

@@ -1,4 +1,4 @@
-"""Plays a stock containerd for ``containerd-shim-theseus-v1``: starts it, calls it, takes events."""
+"""Plays a stock containerd for our shim's program: starts it, calls it, takes its events."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from services.common.errors import Unavailable
 from services.shim.ttrpc.client import TtrpcClient
 from services.shim.ttrpc.events import SERVICE
 from services.shim.ttrpc.server import Method, TtrpcServer
+from tests.fakes.shim_harness import descendants
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", "services.shim.ttrpc")
@@ -41,8 +42,9 @@ def processes_of(address: Path) -> list[int]:
 
 
 def kill_processes_of(address: Path) -> None:
-    """SIGKILL them, and wait until they are gone."""
-    for pid in processes_of(address):
+    """SIGKILL them and their containers, and wait until they are gone."""
+    shims = processes_of(address)
+    for pid in [*shims, *(child for pid in shims for child in descendants(pid))]:
         with suppress(ProcessLookupError):
             kill(pid)
 

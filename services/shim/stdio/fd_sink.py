@@ -22,10 +22,14 @@ class FdSink:
     Args:
         fd: where to write.
         streams: number of streams that share it.
+        close: closes it.
     """
 
-    def __init__(self, fd: int, *, streams: int = 1) -> None:
+    def __init__(
+        self, fd: int, *, streams: int = 1, close: Callable[[int], None] = os.close
+    ) -> None:
         self._fd = fd
+        self._close_fd = close
         self._streams = streams
         self._waiting = b""
         self._writing = False
@@ -76,9 +80,9 @@ class FdSink:
         }
 
     @classmethod
-    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+    def unpack(cls, saved: Mapping[str, Any], *, close: Callable[[int], None]) -> Self:
         """The sink that was packed."""
-        sink = cls(saved["fd"], streams=saved["streams"])
+        sink = cls(saved["fd"], streams=saved["streams"], close=close)
         sink.write("", data_of(saved["waiting"]))
         return sink
 
@@ -109,7 +113,7 @@ class FdSink:
         if self._fd < 0:
             return
         self._stop_writing()
-        os.close(self._fd)
+        self._close_fd(self._fd)
         self._fd = -1
         self._waiting = b""
 

@@ -15,7 +15,7 @@ from services.shim.futures import finish
 from services.shim.handover import data_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from services.shim.handover import Outgoing
@@ -29,10 +29,21 @@ class Input:
     Args:
         fd: pipe or terminal master.
         terminal: a terminal's input has no end, and ``fd`` is closed by its owner.
+        close: closes it.
+        took: called with the number of all bytes that the process was given.
     """
 
-    def __init__(self, fd: int, *, terminal: bool) -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        terminal: bool,
+        close: Callable[[int], None] = os.close,
+        took: Callable[[int], None] = lambda _count: None,
+    ) -> None:
         self.taken = 0
+        self._close_fd = close
+        self._took = took
         self._fd = fd
         self._terminal = terminal
         self._broken = False
@@ -51,9 +62,15 @@ class Input:
         }
 
     @classmethod
-    def unpack(cls, saved: Mapping[str, Any]) -> Self:
+    def unpack(
+        cls,
+        saved: Mapping[str, Any],
+        *,
+        close: Callable[[int], None],
+        took: Callable[[int], None],
+    ) -> Self:
         """The input that was packed."""
-        source = cls(saved["fd"], terminal=saved["terminal"])
+        source = cls(saved["fd"], terminal=saved["terminal"], close=close, took=took)
         source.taken = saved["taken"]
         source._broken = saved["broken"]
         return source
@@ -98,6 +115,7 @@ class Input:
                 self._broken = True
                 continue
             self.taken += written
+            self._took(self.taken)
             view = view[written:]
 
     def end(self) -> None:
@@ -110,7 +128,7 @@ class Input:
         if self._fd >= 0:
             self._loop.remove_writer(self._fd)
             if not self._terminal:
-                os.close(self._fd)
+                self._close_fd(self._fd)
             self._fd = -1
             self._wake()
 
@@ -135,8 +153,17 @@ class FifoInput:
     ends that, and the process then reads end of file once the last client is gone.
     """
 
-    def __init__(self, target: Input, *, fd: int, writer_fd: int, untaken: bytes = b"") -> None:
+    def __init__(
+        self,
+        target: Input,
+        *,
+        fd: int,
+        writer_fd: int,
+        untaken: bytes = b"",
+        close: Callable[[int], None] = os.close,
+    ) -> None:
         self._target = target
+        self._close = close
         self._fd = fd
         self._writer_fd = writer_fd
         # Read, and not yet taken from here on, where the input was `_untaken_at` bytes long.
@@ -145,7 +172,9 @@ class FifoInput:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    def open(cls, path: Path, target: Input) -> Self:
+    def open(
+        cls, path: Path, target: Input, *, close: Callable[[int], None] = os.close
+    ) -> Self:
         """Open a FIFO, or a file.
 
         Raises:
@@ -160,7 +189,7 @@ class FifoInput:
         writer_fd = -1
         if path.is_fifo():
             writer_fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        return cls(target, fd=fd, writer_fd=writer_fd)
+        return cls(target, fd=fd, writer_fd=writer_fd, close=close)
 
     def pack(self, out: Outgoing) -> dict[str, Any] | None:
         """What the next image of the shim goes on with; None when the end of file was read."""
@@ -173,13 +202,16 @@ class FifoInput:
         }
 
     @classmethod
-    def unpack(cls, saved: Mapping[str, Any], target: Input) -> Self:
+    def unpack(
+        cls, saved: Mapping[str, Any], target: Input, *, close: Callable[[int], None]
+    ) -> Self:
         """The copying that was packed."""
         return cls(
             target,
             fd=saved["fd"],
             writer_fd=saved["writer_fd"],
             untaken=data_of(saved["untaken"]),
+            close=close,
         )
 
     async def copy(self) -> None:
@@ -198,7 +230,7 @@ class FifoInput:
                 self._untaken, self._untaken_at = data, self._target.taken
                 await self._target.write(data)
         finally:
-            os.close(self._fd)
+            self._close(self._fd)
             self._fd = -1
             self.release()
         self._target.end()
@@ -206,7 +238,7 @@ class FifoInput:
     def release(self) -> None:
         """Hold the FIFO open for writing no more."""
         if self._writer_fd >= 0:
-            os.close(self._writer_fd)
+            self._close(self._writer_fd)
             self._writer_fd = -1
 
     async def _wait_readable(self) -> None:

@@ -222,6 +222,7 @@ class LogWriter:
         block_on_full: wait for space instead of dropping.
         dropped: called in the event loop with a stream and the bytes of it that were dropped.
         saved: what :meth:`pack` gave in an earlier image of the shim, to go on with.
+        wrote: called in the writing thread with a stream and how much of it is in the log.
 
     Raises:
         FailedPrecondition: the file cannot be opened.
@@ -237,7 +238,9 @@ class LogWriter:
         block_on_full: bool = False,
         dropped: Callable[[str, int], None] = lambda _stream, _count: None,
         saved: Mapping[str, Any] | None = None,
+        wrote: Callable[[str, int], None] = lambda _stream, _count: None,
     ) -> None:
+        self._wrote = wrote
         self.path = path
         self.generation = 0  # guarded by file_lock
         self.oldest_generation = 0  # guarded by file_lock
@@ -274,7 +277,7 @@ class LogWriter:
         with self.file_lock:
             return {
                 "kind": "log",
-                "fd": out.fd(self._fd),
+                "fd": out.file(self._fd),
                 "generation": self.generation,
                 "oldest_generation": self.oldest_generation,
                 "index": {name: index.pack() for name, index in self.index.items()},
@@ -288,7 +291,8 @@ class LogWriter:
         self.oldest_generation = saved["oldest_generation"]
         self.index = {name: StreamIndex.unpack(index) for name, index in saved["index"].items()}
         self._format.resume({stream: data_of(rest) for stream, rest in saved["unfinished"].items()})
-        return saved["fd"], os.fstat(saved["fd"]).st_size
+        fd = saved["fd"]
+        return (fd, os.fstat(fd).st_size) if fd >= 0 else self._open()
 
     @property
     def ready(self) -> bool:
@@ -426,6 +430,7 @@ class LogWriter:
             index = self.index[stream]
             index.add(Place(index.written, self.generation, size, lossy=chunk.lossy or not written))
             index.written += len(chunk.raw)
+            self._wrote(stream, index.written)
         if not written:
             try:
                 self._loop.call_soon_threadsafe(self._dropped, stream, len(chunk.raw))

@@ -10,8 +10,8 @@ import mmap
 import os
 from typing import Final
 
-END: Final = 0
-"""Bytes of output read, both streams."""
+HANDED: Final = 0
+"""Offset in the output up to which an attached reader has got it."""
 READ: Final = {"stdout": 1, "stderr": 2}
 """Bytes read of each stream."""
 WRITTEN: Final = {"stdout": 3, "stderr": 4}

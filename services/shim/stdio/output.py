@@ -72,6 +72,7 @@ class Output:
         log: where everything is written as well, or None.
         streams: number of streams that have to finish.
         dropped: called with a stream and the bytes of it that nobody read and nobody can.
+        handed: called with the offset up to which some reader has got the output.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Output:
         *,
         streams: int,
         dropped: Callable[[str, int], None] = lambda _stream, _count: None,
+        handed: Callable[[int], None] = lambda _offset: None,
     ) -> None:
+        self._handed = handed
         self.end = 0
         self.finished = False
         self._log = log
@@ -186,9 +189,10 @@ class Output:
         log: LogWriter | None,
         *,
         dropped: Callable[[str, int], None] = lambda _stream, _count: None,
+        handed: Callable[[int], None] = lambda _offset: None,
     ) -> Self:
         """The output that was packed; nobody is attached to it."""
-        output = cls(log, streams=saved["unfinished"], dropped=dropped)
+        output = cls(log, streams=saved["unfinished"], dropped=dropped, handed=handed)
         output.end = saved["end"]
         output.finished = saved["finished"]
         output._stream_ends = dict(saved["stream_ends"])
@@ -232,6 +236,7 @@ class Output:
     def advanced(self, offset: int) -> None:
         """Note that a reader came to ``offset``."""
         self._read_until = max(self._read_until, offset)
+        self._handed(self._read_until)
         self._call_ready()
 
     def piece_at(self, offset: int, chunk_number: int, limit: int) -> tuple[Piece, int]:

@@ -33,6 +33,7 @@ class Pump:
         read: called with each piece that was read, for the metrics.
         owns_fd: whether to close ``fd``; a terminal's master is also written to, and closed by its
             owner.
+        close: closes it.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Pump:
         *,
         read: Callable[[str, bytes], None],
         owns_fd: bool = True,
+        close: Callable[[int], None] = os.close,
     ) -> None:
+        self._close = close
         self._fd = fd
         self._stream = stream
         self._sink = sink
@@ -141,5 +144,5 @@ class Pump:
         if self._reading:
             self._loop.remove_reader(self._fd)
         if self._owns_fd:
-            os.close(self._fd)
+            self._close(self._fd)
         self._sink.finish(self._stream)

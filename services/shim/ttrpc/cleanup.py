@@ -21,8 +21,10 @@ from services.common import linux, mounts
 from services.common.errors import TheseusError
 from services.shim import events
 from services.shim.bundle import Bundle
+from services.shim.runtimes import failures
 from services.shim.runtimes.invocation import ENVIRONMENT
 from services.shim.runtimes.runc import find_program
+from services.shim.runtimes.runtime import UnknownToRuntime
 from services.shim.ttrpc.ending import UNKNOWN_STATUS, Ending
 from services.shim.ttrpc.task import TASK_FILE
 
@@ -41,12 +43,15 @@ def clean_up(directory: str, *, container_id: str, namespace: str) -> Ending:
     """
     bundle = Bundle(Path(directory))
     task = bundle.read(TASK_FILE)
-    ending = _recorded(task.get("home", directory), container_id)
+    ending = None
     if task:
+        home = Bundle(Path(task["home"]))
+        init = _init_process(home, container_id)
+        ending = _recorded(home, init, container_id)
         try:
-            killed = _end(task, container_id)
+            killed = _end(bundle, task, init, container_id)
             ending = ending or killed
-        except (TheseusError, OSError, subprocess.SubprocessError, ValueError) as error:
+        except (TheseusError, OSError, subprocess.SubprocessError) as error:
             _warn(f"container {namespace}/{container_id} cannot be deleted: {error}")
     try:
         mounts.unmount(bundle.rootfs)
@@ -55,15 +60,20 @@ def clean_up(directory: str, *, container_id: str, namespace: str) -> Ending:
     return ending or Ending(0, UNKNOWN_STATUS, time.time_ns())
 
 
-def _recorded(home: str, container_id: str) -> Ending | None:
-    """The end that the shim saw: from its state file, or from an event that it had not sent yet."""
-    bundle = Bundle(Path(home))
-    for container in bundle.read("state.json").get("containers", ()):
+def _init_process(home: Bundle, container_id: str) -> dict[str, Any]:
+    """What the shim's state file says of the container's init; empty when nothing."""
+    for container in home.read("state.json").get("containers", ()):
         for process in container["processes"]:
-            is_init = container["id"] == container_id and not process["exec_id"]
-            if is_init and process["exit_status"] is not None:
-                return Ending(process["pid"], process["exit_status"], process["exited_at_ns"])
-    for fields in _spooled_exits(bundle.spool):
+            if container["id"] == container_id and not process["exec_id"]:
+                return dict(process)
+    return {}
+
+
+def _recorded(home: Bundle, init: dict[str, Any], container_id: str) -> Ending | None:
+    """The end that the shim saw: from its state file, or from an event that it had not sent yet."""
+    if init.get("exit_status") is not None:
+        return Ending(init["pid"], init["exit_status"], init["exited_at_ns"])
+    for fields in _spooled_exits(home.spool):
         if fields["container_id"] == container_id and fields["id"] == container_id:
             return Ending(fields["pid"], fields["exit_status"], fields["exited_at_ns"])
     return None
@@ -79,50 +89,56 @@ def _spooled_exits(spool: Path) -> list[dict[str, Any]]:
     return exits
 
 
-def _end(task: dict[str, Any], container_id: str) -> Ending | None:
+def _end(
+    bundle: Bundle, task: dict[str, Any], init: dict[str, Any], container_id: str
+) -> Ending | None:
     """Have the runtime delete the container; its end, if that was what ended it."""
-    program, root = find_program(task["runtime"]), task["runtime_root"]
-    pidfd, pid = _open_running(program, root, container_id)
+    pidfd = _open_running(init)
     try:
-        deleted = _runtime(program, root, "delete", "--force", container_id)
-        if deleted.returncode:
-            _warn(f"{task['runtime']} delete: {deleted.stderr.strip()}")
+        _delete(bundle, task, container_id)
         if pidfd < 0 or not select.select([pidfd], [], [], _END_LIMIT_S)[0]:
             return None
         status = linux.pidfd_exit_status(pidfd)
         if status is None:
-            return Ending(pid, _SIGKILLED, time.time_ns())
+            return Ending(init["pid"], _SIGKILLED, time.time_ns())
         code = os.waitstatus_to_exitcode(status)
-        return Ending(pid, code if code >= 0 else 128 - code, time.time_ns())
+        return Ending(init["pid"], code if code >= 0 else 128 - code, time.time_ns())
     finally:
         if pidfd >= 0:
             os.close(pidfd)
 
 
-def _open_running(program: str, root: str, container_id: str) -> tuple[int, int]:
-    """A pidfd of the container's init and its pid; -1 when it does not run."""
-    answer = _runtime(program, root, "state", container_id)
-    if answer.returncode:
-        return -1, 0
-    state = json.loads(answer.stdout)
-    if state["status"] == "stopped" or state["pid"] <= 0:
-        return -1, 0
+def _open_running(init: dict[str, Any]) -> int:
+    """A pidfd of the container's init; -1 when it does not run, or another has its pid now."""
+    if not init.get("pid"):
+        return -1
     try:
-        return os.pidfd_open(state["pid"]), state["pid"]
+        pidfd = os.pidfd_open(init["pid"])
     except ProcessLookupError:
-        return -1, 0
+        return -1
+    if linux.process_start_time(init["pid"]) == init["start_time"]:
+        return pidfd
+    os.close(pidfd)
+    return -1
 
 
-def _runtime(program: str, root: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, "--root", root, *arguments],
+def _delete(bundle: Bundle, task: dict[str, Any], container_id: str) -> None:
+    program, log = find_program(task["runtime"]), bundle.runtime_log
+    offset = log.stat().st_size if log.exists() else 0
+    arguments = ["--root", task["runtime_root"], "--log", str(log), "--log-format", "json"]
+    done = subprocess.run(
+        [program, *arguments, "delete", "--force", container_id],
         capture_output=True,
         text=True,
+        errors="replace",
         stdin=subprocess.DEVNULL,
         env=ENVIRONMENT,
         timeout=_RUNTIME_LIMIT_S,
         check=False,
     )
+    said = failures.read_log(log, offset) or failures.bounded(done.stderr)
+    if done.returncode and not isinstance(failures.classify(said, said), UnknownToRuntime):
+        _warn(f"{task['runtime']} cannot delete container {container_id}: {said}")
 
 
 def _warn(text: str) -> None:

@@ -168,6 +168,16 @@ async def test_health_is_served_and_the_socket_is_private(server):
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_health_can_be_watched(server):
+    socket, _, _ = server
+    async with connect(socket) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=""), timeout=10
+        )
+        assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
+        call.cancel()
+
+
 async def test_a_successor_takes_the_socket_over_and_keeps_it(tmp_path):
     socket = tmp_path / "t.sock"
 
@@ -228,3 +238,41 @@ async def test_metrics_endpoint_serves_the_page_and_refuses_the_rest(tmp_path):
 def test_a_malformed_metrics_address_is_refused(address):
     with pytest.raises(errors.InvalidArgument, match=r"unix:PATH nor HOST:PORT"):
         MetricsEndpoint(address, None)
+
+
+class EndlessJournal(journal_pb2_grpc.JournalServicer):
+    """Writes for ever; says when its handler has come to its end."""
+
+    def __init__(self):
+        self.ended = asyncio.Event()
+
+    async def Read(self, request, context):
+        try:
+            while True:
+                yield journal_pb2.ReadResponse(next_seq=1)
+        finally:
+            self.ended.set()
+
+
+async def test_a_stream_ends_when_its_client_is_gone(tmp_path):
+    servicer = EndlessJournal()
+    rpc = RpcServer(
+        tier="test",
+        socket=tmp_path / "t.sock",
+        metrics=ServerMetrics(CollectorRegistry()),
+        services=[
+            Service(
+                journal_pb2_grpc.add_JournalServicer_to_server,
+                servicer,
+                journal_pb2.DESCRIPTOR.services_by_name["Journal"],
+            )
+        ],
+    )
+    await rpc.start()
+    async with connect(tmp_path / "t.sock") as channel:
+        call = journal_pb2_grpc.JournalStub(channel).Read(journal_pb2.ReadRequest(), timeout=30)
+        assert (await call.read()).next_seq == 1
+        call.cancel()
+        async with asyncio.timeout(10):
+            await servicer.ended.wait()
+    await rpc.stop(0)
