@@ -211,16 +211,18 @@ class _Keeper:
         from services.common.client import connect
         from services.common.rpc_errors import translated
 
+        assert self._process is not None
         request = health_pb2.HealthCheckRequest()
-        async with connect(self.tier.socket) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while True:
-                with suppress(TheseusError), translated():
-                    answer = await stub.Check(request, timeout=_PROBE_TIMEOUT_S)
-                    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
-                    if serving and self._process and _server(self.tier.socket) == self._process.pid:
-                        break
+        status = health_pb2.HealthCheckResponse.UNKNOWN
+        while status != health_pb2.HealthCheckResponse.SERVING:
+            # A channel that found nobody would wait longer and longer before it looks again; and
+            # another process' socket may lie there, until this one puts its own in its place.
+            while _server(self.tier.socket) != self._process.pid:  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(_PROBE_PAUSE_S)
+            async with connect(self.tier.socket) as channel:
+                with suppress(TheseusError), translated():
+                    check = health_pb2_grpc.HealthStub(channel).Check
+                    status = (await check(request, timeout=_PROBE_TIMEOUT_S)).status
         log.info("tier serves", name=self.tier.name)
         if not self.served.done():
             self.served.set_result(None)

@@ -39,6 +39,8 @@ MNT_FORCE = 0x1
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
+M_ARENA_MAX = -8
+
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -111,6 +113,9 @@ _libc.unshare.argtypes = [ctypes.c_int]
 _libc.inotify_init1.argtypes = [ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
 _libc.syscall.restype = ctypes.c_long
+_libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
+_libc.malloc.argtypes = [ctypes.c_size_t]
+_libc.malloc.restype = ctypes.c_void_p
 
 
 class _OpenHow(ctypes.Structure):
@@ -206,6 +211,21 @@ def move_mount(mount_fd: int, target: str | Path) -> None:
 def set_child_subreaper() -> None:
     """Make this process the reaper of its orphaned descendants (prctl(2))."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
+
+
+def set_child_subreaper_off() -> None:
+    """Be the reaper of none but this process' own children again (prctl(2))."""
+    _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
+
+
+def mallopt(parameter: int, value: int) -> None:
+    """Set a parameter of the C library's allocator (mallopt(3)); other libraries ignore it."""
+    _libc.mallopt(parameter, value)
+
+
+def malloc(size: int) -> int:
+    """Address of ``size`` bytes of the C library's heap (malloc(3)), never freed."""
+    return _libc.malloc(size) or 0
 
 
 def set_parent_death_signal(signum: int) -> None:

@@ -35,7 +35,9 @@ def configure(tier: str, level: str = "info") -> None:
     """
     Logger.least = _LEVELS[level]
     structlog.configure(
-        wrapper_class=Logger, logger_factory=_no_logger, cache_logger_on_first_use=True
+        wrapper_class=Logger,  # type: ignore[arg-type]  # nobody unbinds
+        logger_factory=_no_logger,
+        cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(tier=tier, pid=os.getpid())
     # Libraries that use the standard logging speak through the same lines.

@@ -15,8 +15,8 @@ import re
 import time
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from inspect import isawaitable
 from functools import cache
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -41,6 +41,7 @@ SOCKET_GROUP = "theseus"
 UNIX_PATH_MAX_BYTES = 107
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _NAMESPACE_MAX_LENGTH = 76
+_REFLECTION_METHOD = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class RpcServer:
         metrics: CallMetrics,
         reflection: bool = True,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        make_server: Callable[..., Any] = grpc.aio.server,
     ) -> None:
+        self._make_server = make_server
         self._interceptors = interceptors
         self._tier = tier
         self._socket = socket
@@ -109,7 +112,7 @@ class RpcServer:
 
     async def start(self) -> None:
         """Bind and serve; every service reports SERVING."""
-        self._server = grpc.aio.server(
+        self._server = self._make_server(
             interceptors=[_Interceptor(self._metrics), *self._interceptors],
             options=[
                 ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
@@ -122,12 +125,7 @@ class RpcServer:
             service.add(service.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._reflection:
-            # Imported late: a shim goes without it until it is asked.
-            from grpc_reflection.v1alpha import reflection
-
-            reflection.enable_server_reflection(
-                [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
-            )
+            self._server.add_generic_rpc_handlers((LateReflection([*names, health.SERVICE_NAME]),))
         for name in ["", *names]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._bind(self._server)
@@ -154,6 +152,36 @@ class RpcServer:
             os.chown(new, -1, group)
         self._inode = new.stat().st_ino
         new.rename(self._socket)
+
+
+class LateReflection(grpc.GenericRpcHandler):
+    """Server reflection that is imported when it is asked for: a shim never is, as a rule."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._behaviour: Any = None
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of the one method of reflection."""
+        if handler_call_details.method != _REFLECTION_METHOD:
+            return None
+        from grpc_reflection.v1alpha import reflection
+        from grpc_reflection.v1alpha._async import ReflectionServicer
+        from grpc_reflection.v1alpha.reflection_pb2 import (
+            ServerReflectionRequest,
+            ServerReflectionResponse,
+        )
+
+        if self._behaviour is None:
+            servicer = ReflectionServicer([*self._names, reflection.SERVICE_NAME])
+            self._behaviour = servicer.ServerReflectionInfo
+        return grpc.stream_stream_rpc_method_handler(
+            self._behaviour,
+            request_deserializer=ServerReflectionRequest.FromString,
+            response_serializer=ServerReflectionResponse.SerializeToString,
+        )
 
 
 @cache

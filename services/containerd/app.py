@@ -62,16 +62,19 @@ from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.streams import StreamsService
 from services.containerd.rpc.tasks import TasksService
 from services.containerd.rpc.transfer import TransferService
+from services.containerd.rpc.upgrades import UpgradesService
 from services.containerd.rpc.version import VersionService
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.checkpoints import Checkpoints
 from services.containerd.tasks.factory import FactoryClient
+from services.containerd.tasks.fd_keeper import DescriptorKeeper
 from services.containerd.tasks.journal import TaskJournal
 from services.containerd.tasks.manager import OUR_RUNTIMES, TaskManager
 from services.containerd.tasks.metrics import TaskMetrics
 from services.containerd.tasks.shims import Identity, ShimManager
 from services.containerd.tasks.undertaker import Undertaker
+from services.containerd.tasks.upgrade import ShimUpgrades
 from services.containerd.transfer.fetch import BlobFetcher
 from services.containerd.transfer.load import Loader
 from services.containerd.transfer.metered import MeteredTransfers
@@ -220,6 +223,9 @@ class App:
         metrics = TaskMetrics(self._registry)
         journal = TaskJournal(self._db, self._journal, ShimEventCodec())
         bundles = Bundles(config.state)
+        keeper = await stack.enter_async_context(
+            DescriptorKeeper(config.shim, config.state / "keeper.sock")
+        )
         factory = await stack.enter_async_context(
             FactoryClient(
                 config.shim,
@@ -227,6 +233,7 @@ class App:
                 registry=config.address,
                 default_runtime=config.default_runtime,
                 log_level=config.log_level,
+                keeper=keeper.path,
             )
         )
         shims = await stack.enter_async_context(
@@ -238,11 +245,11 @@ class App:
                 metrics=metrics,
                 identity=Identity(uuid.uuid4().hex, epoch),
                 grace_s=config.shim_grace_s,
+                launcher=factory,
             )
         )
         tasks = TaskManager(
             containers=self._containers,
-            bundles=bundles,
             shims=shims,
             launchers=dict.fromkeys(OUR_RUNTIMES, factory),
             journal=journal,
@@ -304,6 +311,7 @@ class App:
                 tasks, self._containers, Checkpoints(self._content, self._scratch)
             ),
             "transfer": TransferService(self._transfers, self._registries, streams),
+            "upgrades": UpgradesService(ShimUpgrades(shims, self._config.shim)),
             "version": VersionService(),
         }
 

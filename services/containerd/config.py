@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 def _shim_command(program: str) -> tuple[str, ...]:
     if program:
-        return (program,)
+        # Shims are told to execute it, wherever they are: an absolute path.
+        return (shutil.which(program) or str(Path(program).absolute()),)
     beside = Path(sys.executable).with_name("theseus-shim")
     return (str(beside),) if beside.exists() else _SHIM_MODULE
 

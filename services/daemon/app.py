@@ -42,6 +42,7 @@ from services.daemon.clients.snapshots import ContainerdSnapshots
 from services.daemon.clients.streams import ContainerdStreams
 from services.daemon.clients.tasks import ContainerdTasks
 from services.daemon.clients.transfer import ContainerdTransfer
+from services.daemon.clients.upgrades import ContainerdUpgrades
 from services.daemon.containers import rootfs
 from services.daemon.containers.attach import Attacher
 from services.daemon.containers.below import Below, no_trace
@@ -77,6 +78,7 @@ from services.daemon.rpc.system import SystemService
 from services.daemon.rpc.volumes import VolumesService
 from services.daemon.spec.host import HostFacts
 from services.daemon.system import SystemReporter
+from services.daemon.upgrades import Upgrades
 from services.daemon.volumes.store import VolumeStore
 
 if TYPE_CHECKING:
@@ -318,7 +320,9 @@ class App:
             ),
             Service(
                 system_pb2_grpc.add_SystemServicer_to_server,
-                SystemService(system),
+                SystemService(
+                    system, Upgrades(self._manager, ContainerdUpgrades(self._connection))
+                ),
                 engine["System"],
             ),
             Service(

@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     reexec.add_argument("--failure", default="", help="why a newer version was rolled back")
     reexec.set_defaults(run=_reexec)
 
+    keeper = commands.add_parser("keeper", help="hold shims' descriptors, in the background")
+    keeper.add_argument("--socket", type=Path, required=True, help="where shims connect")
+    keeper.set_defaults(run=_keeper)
+
     probe = commands.add_parser("probe", help="say which OCI runtimes can be used here, as JSON")
     probe.add_argument("--runtime", action="append", help="name or path; may be repeated")
     probe.set_defaults(run=_probe)
@@ -62,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _factory(arguments: argparse.Namespace) -> None:
+    from services.shim import packing
+
+    packing.leave_out()
     from services.common import log
     from services.shim.factory import Factory
 
@@ -70,6 +77,9 @@ def _factory(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from services.shim import packing
+
+    packing.leave_out()
     import asyncio
 
     from services.shim.config import ShimConfig
@@ -96,6 +106,12 @@ def _reexec(arguments: argparse.Namespace) -> None:
         await run_shim(config, ShimMetrics(), lambda _answer: None, successor)
 
     reexec.take_over(arguments.state, arguments.failure, run)
+
+
+def _keeper(arguments: argparse.Namespace) -> None:
+    from services.shim import keeper
+
+    sys.exit(keeper.run_in_background(arguments.socket))
 
 
 def _probe(arguments: argparse.Namespace) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import structlog
 
 from protos.containerd.task.v2 import shim_pb2 as shim_v2_pb2
@@ -26,11 +28,14 @@ from protos.theseus.shim.v1 import (
 )
 from services.common import VERSION, linux
 from services.common.background import Background
+from services.common.client import connect
 from services.common.server import RpcServer, Service
 from services.shim.bundle import Bundle
 from services.shim.clients.events import timestamp
 from services.shim.clients.registry import PROTOCOL, RegistryClient
 from services.shim.container import Surroundings
+from services.shim.keeping import Keeping
+from services.shim.legacy import read_legacy
 from services.shim.reaper import Reaper
 from services.shim.reexec import Attempt, Reexecution, find_listener
 from services.shim.rpc.control import ControlService
@@ -42,6 +47,7 @@ from services.shim.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from services.shim.config import ShimConfig
     from services.shim.handover import Outgoing
@@ -55,18 +61,36 @@ _STOP_GRACE_S = 2.0
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """What a shim's calls travel by."""
+
+    make_server: Callable[..., Any]
+    make_channel: Callable[[Path], Any]
+
+
+GRPC = Transport(grpc.aio.server, connect)
+
+
 class Shim:
     """One shim. Make it inside the event loop, then ``run`` it."""
 
     def __init__(
-        self, config: ShimConfig, metrics: ShimMetrics, successor: Successor | None = None
+        self,
+        config: ShimConfig,
+        metrics: ShimMetrics,
+        successor: Successor | None = None,
+        *,
+        transport: Transport = GRPC,
     ) -> None:
         self._successor = successor
+        self._transport = transport
         self._config = config
         self._metrics = metrics
         self._bundle = Bundle(config.bundle)
         self._reaper = Reaper()
         self._background = Background()
+        self._keeping = Keeping(config.keeper, config.instance_id)
         self._spool = Spool(self._bundle.spool, write_failed=metrics.spool_failures.inc)
         self._tasks = Tasks(
             Surroundings(
@@ -75,6 +99,7 @@ class Shim:
                 events=self._spool,
                 metrics=metrics,
                 background=self._background,
+                keeping=self._keeping,
             ),
             home=self._bundle,
             default_runtime=config.default_runtime,
@@ -89,6 +114,7 @@ class Shim:
             metrics=metrics,
             epoch=self._tasks.epoch,
             epoch_seen=self._keep_epoch,
+            make_channel=transport.make_channel,
         )
         self._gate = Gate()
         self._reexecution = Reexecution(
@@ -108,11 +134,14 @@ class Shim:
         for signum in _FINAL_SIGNALS:
             loop.add_signal_handler(signum, self._signalled, signum)
         async with self._background:
-            if self._successor is None:
-                self._reaper.start()
-                await self._server.start()
-            else:
+            if self._successor is not None:
                 await self._take_over(self._successor)
+            elif self._config.adopt:
+                await self._adopt()
+            else:
+                self._reaper.start()
+                self._keeping.open()
+                await self._server.start()
             self._write_identity()
             serving(self._identity())
             log.info("shim serves", socket=str(self._config.socket), version=VERSION)
@@ -121,6 +150,8 @@ class Shim:
             await self._tasks.finish()
             await self._server.stop(_STOP_GRACE_S)
         self._reaper.stop()
+        self._keeping.forget_all()
+        self._keeping.close()
         log.info("shim ends")
 
     async def _take_over(self, successor: Successor) -> None:
@@ -128,16 +159,15 @@ class Shim:
         document = successor.document
         self._gate.shut()
         self._spool.unpack(document["spool"])
+        self._keeping.unpack(document["keeping"])
         self._tasks.unpack(document["tasks"])
         self._reaper.zombies_reaped = document["zombies_reaped"]
         self._metrics.generation.set(successor.attempt.generation)
         await self._server.start()
         self._tasks.save()
         successor.commit()
-        self._reaper.start()
-        self._tasks.go_on()
+        self._go_on()
         self._reexecution.attempt = successor.attempt
-        self._gate.open()
         log.info(
             "shim took over",
             generation=successor.attempt.generation,
@@ -146,12 +176,29 @@ class Shim:
             failure=successor.attempt.failure,
         )
 
+    async def _adopt(self) -> None:
+        """Take over the containers of a shim that died."""
+        self._gate.shut()
+        legacy = await read_legacy(self._bundle, self._keeping, self._metrics.dropped)
+        self._tasks.unpack(legacy)
+        await self._server.start()
+        self._tasks.save()
+        self._go_on()
+        log.warning("containers of a dead shim adopted", containers=len(self._tasks))
+
+    def _go_on(self) -> None:
+        self._keeping.open()
+        self._reaper.start()
+        self._tasks.go_on()
+        self._gate.open()
+
     def _pack(self, out: Outgoing) -> dict[str, Any]:
         return {
             "config": self._config.to_request(),
             "listener": out.fd(find_listener(self._config.socket)),
             "tasks": self._tasks.pack(out),
             "spool": self._spool.pack(),
+            "keeping": self._keeping.pack(),
             "zombies_reaped": self._reaper.zombies_reaped,
         }
 
@@ -165,6 +212,7 @@ class Shim:
             socket=self._config.socket,
             metrics=self._metrics.server,
             interceptors=[self._gate],
+            make_server=self._transport.make_server,
             services=[
                 Service(
                     shim_pb2_grpc.add_TaskServicer_to_server,
@@ -286,4 +334,5 @@ def _process_state(process: Process, status: Status) -> registry_pb2.ProcessStat
         status=str(status),
         exit_status=record.status if record else 0,
         exited_at=timestamp(record.exited_at_ns) if record else None,
+        exit_status_lost=bool(record and record.lost),
     )

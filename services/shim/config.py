@@ -34,6 +34,8 @@ class ShimConfig:
         request_id: request that it is started for, for the log.
         log_level: one of debug, info, warning, error.
         runtime_timeout_s: time after which a runtime that has not answered is killed.
+        keeper: socket of the keeper of descriptors; None: there is none.
+        adopt: take over the containers of a shim that died.
         come_up_limit_s: time in which a new version has to serve before it is rolled back.
         linger_s: time that a shim without containers waits for Shutdown before it ends by itself.
     """
@@ -50,6 +52,8 @@ class ShimConfig:
     runtime_timeout_s: float = 60.0
     linger_s: float = 10.0
     come_up_limit_s: float = 15.0
+    keeper: Path | None = None
+    adopt: bool = False
 
     @classmethod
     def from_request(cls, request: Mapping[str, object]) -> ShimConfig:
@@ -73,10 +77,14 @@ class ShimConfig:
     def to_request(self) -> dict[str, object]:
         """The request that these settings can be had back from."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in values.items()
+            if value is not None
+        }
 
 
-_PATHS = frozenset({"bundle", "socket", "registry"})
+_PATHS = frozenset({"bundle", "socket", "registry", "keeper"})
 _SECONDS = frozenset({"runtime_timeout_s", "linger_s", "come_up_limit_s"})
 _REQUIRED = frozenset({"namespace", "id", "bundle", "socket", "registry", "instance_id"})
 
@@ -86,6 +94,10 @@ def _checked(name: str, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise InvalidArgument(f"'{name}' must be a positive number", field=name)
         return float(value)
+    if name == "adopt":
+        if not isinstance(value, bool):
+            raise InvalidArgument(f"'{name}' must be true or false", field=name)
+        return value
     if not isinstance(value, str):
         raise InvalidArgument(f"'{name}' must be a string", field=name)
     if len(value) > _TEXT_MAX_BYTES or "\0" in value:

@@ -20,7 +20,7 @@ import contextlib
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ from services.common.errors import (
 from services.shim import bundle as bundles
 from services.shim import cgroups, events, launch
 from services.shim.events import Event
+from services.shim.handover import Skeleton, renamed
+from services.shim.keeping import Keeping
 from services.shim.process import Action, ExitRecord, Process, Status, exit_fields
 from services.shim.stdio.process_io import ProcessIo, open_io
 
@@ -69,6 +71,7 @@ class Surroundings:
     events: EventSink
     metrics: Measures
     background: Background
+    keeping: Keeping = field(default_factory=lambda: Keeping(None, ""))
 
 
 class Container:
@@ -90,7 +93,7 @@ class Container:
         self.bundle = bundle
         self.runtime = runtime
         self.options = options
-        self.init = Process(container_id, "", stdio)
+        self.init = Process(container_id, "", stdio, release=surroundings.keeping.release)
         self.execs: dict[str, Process] = {}
         self.cgroup: cgroups.Cgroup | None = None
         self._rootfs = tuple(rootfs)
@@ -190,7 +193,7 @@ class Container:
                 resource=("exec", exec_id),
             )
         self.init.check(Action.EXEC)
-        self.execs[exec_id] = Process(self.id, exec_id, stdio)
+        self.execs[exec_id] = Process(self.id, exec_id, stdio, release=self._around.keeping.release)
         self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
         self._changed()
         self._emit(events.TASK_EXEC_ADDED, {"container_id": self.id, "exec_id": exec_id})
@@ -283,6 +286,8 @@ class Container:
                 await other.io.close(drain=False)
                 other.io = None
         record = process.exit
+        if record is not None and record.lost:
+            return  # the event has no way to say so
         self._emit(
             events.TASK_DELETE,
             {
@@ -332,7 +337,10 @@ class Container:
             for process in (self.init, *self.execs.values())
             if process.io is not None
         }
-        return {**self.state(), "io": streams}
+        pidfds = {
+            process.exec_id: out.fd(process.pidfd) for process in (self.init, *self.execs.values())
+        }
+        return {**self.state(), "io": streams, "pidfds": pidfds}
 
     def unpack(self, saved: Mapping[str, Any]) -> None:
         """Become what ``saved`` describes, its output paused; ``pack`` or ``state`` made it."""
@@ -342,7 +350,12 @@ class Container:
             self.cgroup = cgroups.Cgroup.unpack(saved["cgroup"])
         self._specs = dict(saved["specs"])
         for entry in saved["processes"]:
-            process = Process.unpack(self.id, entry)
+            process = Process.unpack(
+                self.id,
+                entry,
+                pidfd=saved["pidfds"].get(entry["exec_id"], -1),
+                release=self._around.keeping.release,
+            )
             if process.exec_id:
                 self.execs[process.exec_id] = process
             else:
@@ -352,7 +365,21 @@ class Container:
                 process.io = self._new_io(process.stdio)
                 process.io.unpack(streams, self._around.reaper)
             if process.pid and process.exit is None:
-                self._around.reaper.adopt(process.pid, self._watcher(process))
+                self._watch_again(process)
+
+    def _watch_again(self, process: Process) -> None:
+        reaper, ended = self._around.reaper, self._watcher(process)
+        if process.orphan:
+            reaper.adopt_orphan(process.pid, process.pidfd, ended)
+        else:
+            reaper.adopt(process.pid, ended)
+
+    def _hold(self, process: Process) -> None:
+        """Have the keeper hold what a successor needs, should this shim die."""
+        assert process.io is not None
+        out = Skeleton()
+        packed = {"pidfd": out.fd(process.pidfd), "io": process.io.pack(out)}
+        process.kept = renamed(packed, self._around.keeping.hold(out.fds))
 
     def _take_init(self, pid: int, master: int, window: Window) -> None:
         assert self.init.io is not None
@@ -361,6 +388,7 @@ class Container:
             self.cgroup = cgroups.of_process(pid)
         self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
+        self._hold(self.init)
         self._emit(events.TASK_CREATE, self._create_fields(pid))
         self._around.reaper.watch(pid, self._watcher(self.init), window)
 
@@ -391,6 +419,7 @@ class Container:
                 )
                 process.created(pid)
                 process.io.start(master)
+                self._hold(process)
                 self._started(
                     process,
                     events.TASK_EXEC_STARTED,
@@ -442,7 +471,8 @@ class Container:
     async def _handle_exit(self, process: Process, ended: Exit) -> None:
         async with process.lock:
             record = ExitRecord.of(ended, oom_killed=self._tell_oom())
-            seq = self._around.events.record(Event(events.TASK_EXIT, exit_fields(process, record)))
+            topic = events.TASK_LOST if record.lost else events.TASK_EXIT
+            seq = self._around.events.record(Event(topic, exit_fields(process, record)))
             process.ended(record)
             self._changed()
             if process.io is not None:
@@ -457,6 +487,7 @@ class Container:
             exec_id=process.exec_id,
             exit_status=record.status,
             oom_killed=record.oom_killed,
+            lost=record.lost,
         )
 
     def _tell_oom(self) -> bool:
@@ -488,10 +519,16 @@ class Container:
             reaper=self._around.reaper,
             metrics=self._around.metrics,
             background=self._around.background,
+            release=self._around.keeping.release,
         )
 
     def _new_io(self, stdio: Stdio) -> ProcessIo:
-        return ProcessIo(stdio, self._around.metrics, self._around.background)
+        return ProcessIo(
+            stdio,
+            self._around.metrics,
+            self._around.background,
+            self._around.keeping.release,
+        )
 
     async def _discard_io(self, process: Process) -> None:
         if process.io is not None:

@@ -1,9 +1,12 @@
 """The shim factory: a warmed-up process that forks shims.
 
 Starting an interpreter with grpcio takes 100 ms and more, a fork of one that has everything
-imported takes a few. The factory imports all that a shim needs, freezes the garbage collector's
-view of it (so that collections in the children do not copy pages), and never starts gRPC, which
-must not be forked. It is single-threaded and holds nothing beyond a request.
+imported takes a few. The factory imports all that a shim needs, rehearses a shim's life
+(``rehearsal.py``), packs its memory (``packing.py``), and never starts gRPC, which must not be
+forked. It is single-threaded.
+
+Between two forks it does as little as can be, for what it writes to between them is no longer
+shared with the shims that exist: it accepts a connection and forks. The child reads the request.
 
 Protocol: SOCK_SEQPACKET; one JSON request per connection, one JSON reply, which the shim itself
 sends once it serves, on the connection that it inherited. The factory ends when its standard input,
@@ -14,16 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import importlib
 import json
 import os
-import selectors
+import select
 import signal
 import socket
 import sys
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
@@ -32,7 +32,7 @@ from services.common import VERSION, linux
 from services.common import log as logs
 from services.common.errors import TheseusError
 from services.common.server import socket_group
-from services.shim import shim_cgroup
+from services.shim import packing, shim_cgroup
 from services.shim.app import Shim
 from services.shim.config import ShimConfig
 from services.shim.metrics import ShimMetrics
@@ -52,16 +52,7 @@ _LATE_IMPORTS = (
     "concurrent.futures.thread",
     "google.rpc.error_details_pb2",
     "google.rpc.status_pb2",
-    "grpc_reflection.v1alpha.reflection",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A connection whose request has not come yet."""
-
-    connection: socket.socket
-    deadline: float
 
 
 class Factory:
@@ -69,9 +60,7 @@ class Factory:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._waiting: dict[int, _Waiting] = {}
         self._inode = 0
         self._home = shim_cgroup.Home()
         # Made once, for the children to share as long as they do not count anything.
@@ -79,7 +68,8 @@ class Factory:
 
     def run(self) -> None:
         """Serve until standard input is closed."""
-        _warm_up()
+        packing.share_one_heap()
+        warm_up()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
         signal.signal(signal.SIGTERM, _exit_quietly)
         signal.signal(signal.SIGINT, _exit_quietly)
@@ -87,6 +77,7 @@ class Factory:
         try:
             self._listen()
             log.info("factory serves", socket=str(self._path), version=VERSION)
+            packing.pack()
             self._serve()
         finally:
             self._unlink()
@@ -101,8 +92,6 @@ class Factory:
         self._listener.setblocking(False)
         self._inode = new.stat().st_ino
         new.rename(self._path)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
 
     def _unlink(self) -> None:
         # A new containerd's factory may have put its own socket in this place.
@@ -111,63 +100,30 @@ class Factory:
                 self._path.unlink()
 
     def _serve(self) -> None:
+        stdin, listener = sys.stdin.fileno(), self._listener.fileno()
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(stdin, select.POLLIN)
         while True:
-            for key, _ in self._selector.select(_REQUEST_LIMIT_S if self._waiting else None):
-                if key.fileobj is self._listener:
+            for fd, _ in poll.poll():
+                if fd == listener:
                     self._accept()
-                elif key.fd == sys.stdin.fileno():
-                    if not os.read(key.fd, 4096):
-                        return
-                else:
-                    self._request(self._waiting[key.fd].connection)
-            self._drop_silent()
+                elif not os.read(fd, 4096):
+                    return
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError:  # gone again, or out of descriptors: others may still be served
             return
-        connection.setblocking(False)
-        fd = connection.fileno()
-        self._waiting[fd] = _Waiting(connection, time.monotonic() + _REQUEST_LIMIT_S)
-        self._selector.register(connection, selectors.EVENT_READ)
-
-    def _request(self, connection: socket.socket) -> None:
-        self._forget(connection)
         try:
-            config = read_request(connection.recv(REQUEST_MAX_BYTES + 1))
-            self._fork(config, connection)
-        except TheseusError as error:
-            log.warning("request refused", error=error.message)
-            reply(connection, {"error": error.message})
+            if os.fork() == 0:
+                self._listener.close()
+                run_child(connection, self._metrics)
         except OSError as error:
-            log.error("request failed", error=str(error))
+            log.error("fork failed", error=str(error))
             reply(connection, {"error": f"the shim factory cannot fork a shim: {error.strerror}"})
-        finally:
-            connection.close()
-
-    def _fork(self, config: ShimConfig, connection: socket.socket) -> None:
-        if os.fork() == 0:
-            self._leave_to_child(connection)
-            run_child(config, self._metrics, lambda answer: _answer_and_close(connection, answer))
-
-    def _leave_to_child(self, connection: socket.socket) -> None:
-        """In the child: keep nothing of the factory but this connection."""
-        self._selector.close()
-        self._listener.close()
-        for waiting in self._waiting.values():
-            if waiting.connection is not connection:
-                waiting.connection.close()
-
-    def _forget(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        del self._waiting[connection.fileno()]
-
-    def _drop_silent(self) -> None:
-        now = time.monotonic()
-        for waiting in [one for one in self._waiting.values() if one.deadline <= now]:
-            self._forget(waiting.connection)
-            waiting.connection.close()
+        connection.close()
 
 
 def read_request(data: bytes) -> ShimConfig:
@@ -193,22 +149,30 @@ def reply(connection: socket.socket, answer: dict[str, object]) -> None:
         connection.send(json.dumps(answer).encode())
 
 
-def run_child(
-    config: ShimConfig, metrics: ShimMetrics, answer: Callable[[dict[str, object]], None]
-) -> NoReturn:
-    """Become the shim of ``config``; never returns to the factory's code."""
+def run_child(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
+    """Become the shim that ``connection`` asks for; never returns to the factory's code."""
     status = 1
     try:
-        _detach(config)
-        asyncio.run(run_shim(config, metrics, answer))
+        connection.settimeout(_REQUEST_LIMIT_S)
+        data = connection.recv(REQUEST_MAX_BYTES + 1)
+        if data:
+            config = read_request(data)
+            _detach(config)
+            asyncio.run(
+                run_shim(config, metrics, lambda answer: _answer_and_close(connection, answer))
+            )
         status = 0
+    except TimeoutError:
+        log.info("connection without a request")
     except TheseusError as error:
-        answer({"error": error.message})
+        log.warning("request refused", error=error.message)
+        reply(connection, {"error": error.message})
     except OSError as error:
-        answer({"error": f"the shim cannot start: {error.strerror}: {error.filename}"})
+        log.error("shim cannot start", error=str(error))
+        reply(connection, {"error": f"the shim cannot start: {error.strerror}: {error.filename}"})
     except Exception as error:
         log.error("shim failed", exc_info=error)
-        answer({"error": f"the shim failed: {type(error).__name__}: see {config.bundle}/shim.log"})
+        reply(connection, {"error": f"the shim failed: {type(error).__name__}: see its log"})
     finally:
         sys.stderr.flush()
         os._exit(status)
@@ -250,13 +214,20 @@ def _answer_and_close(connection: socket.socket, answer: dict[str, object]) -> N
     connection.close()
 
 
-def _warm_up() -> None:
-    """Import what is imported late otherwise, and set the collector aside."""
+def warm_up() -> None:
+    """Import what is imported late otherwise, and let a shim live once for practice."""
+    # Imported late: it imports this process' own parts.
+    from services.shim.rehearsal import rehearse
+
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     socket_group()
-    gc.collect()
-    gc.freeze()
+    try:
+        packing.gather(packing.trace_rehearsal())
+        rehearse()
+    except (OSError, TimeoutError, RuntimeError) as error:
+        # A shim works without; it has more memory of its own then.
+        log.warning("rehearsal of a shim failed", error=str(error))
 
 
 def _exit_quietly(signum: int, frame: object) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the document; a shim takes over from one of the same format only."""
 
+_FD_KEYS = frozenset({"fd", "writer_fd", "master", "meter", "pidfd"})
 _PIECE_BYTES = 1 << 20
 
 
@@ -41,9 +42,47 @@ class Outgoing:
             self._fds.add(fd)
         return fd
 
+    def file(self, fd: int) -> int:
+        """Have an open file kept, which could be opened again by its path."""
+        return self.fd(fd)
+
     def data(self, data: bytes | bytearray | memoryview) -> str:
         """Bytes as the document holds them; see :func:`data_of`."""
         return base64.b64encode(data).decode()
+
+
+class Skeleton(Outgoing):
+    """What is written down for a shim that did not see this one die: files by path, no bytes."""
+
+    def file(self, fd: int) -> int:
+        """See :meth:`Outgoing.file`: not kept."""
+        return -1
+
+    def data(self, data: bytes | bytearray | memoryview) -> str:
+        """See :meth:`Outgoing.data`: not kept."""
+        return ""
+
+
+def renamed(document: Any, names: Mapping[Any, Any]) -> Any:
+    """A packed document with every descriptor replaced by what ``names`` has for it, or -1."""
+    if isinstance(document, dict):
+        return {
+            key: names.get(value, -1) if key in _FD_KEYS else renamed(value, names)
+            for key, value in document.items()
+        }
+    if isinstance(document, (list, tuple)):
+        return [renamed(entry, names) for entry in document]
+    return document
+
+
+def named(document: Any) -> set[int]:
+    """Every descriptor that a packed document names."""
+    if isinstance(document, dict):
+        own = {v for k, v in document.items() if k in _FD_KEYS and isinstance(v, int)}
+        return own.union(*(named(value) for value in document.values()))
+    if isinstance(document, (list, tuple)):
+        return set().union(*(named(entry) for entry in document))
+    return set()
 
 
 def data_of(text: str) -> bytes:

@@ -6,8 +6,8 @@ task is deleted. A successor of a shim that died fetches them.
 
 One for each containerd; the factory starts it, and starts it again when it dies (shims then notice
 that their connection broke, and store anew). It ends once it holds nothing and nobody is connected,
-or when its socket is no longer there. Nothing but the standard library is imported: it is small,
-and there is little in it that could fail.
+or when its socket is no longer there. It imports next to nothing: it is small, and there is little
+in it that could fail.
 
 Protocol: SOCK_SEQPACKET, one JSON object each, descriptors beside it (unix(7), SCM_RIGHTS):
 
@@ -19,6 +19,7 @@ Protocol: SOCK_SEQPACKET, one JSON object each, descriptors beside it (unix(7), 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -29,6 +30,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from services.shim import shim_cgroup
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -38,9 +41,57 @@ FDS_MAX = 100
 """Most descriptors in one packet; the kernel's limit is 253."""
 
 _BACKLOG = 4096
-_IDLE_S = 2.0
+_IDLE_S = 0.3
 _LOOK_S = 30.0
 _SEND_LIMIT_S = 5.0
+
+
+def run_in_background(path: Path) -> int:
+    """Start a keeper that goes on alone, unless there is one; returns this process' exit status.
+
+    Returns once there is one that can be connected to.
+    """
+    ready, tell = os.pipe()
+    if os.fork():
+        os.close(tell)
+        return 0 if os.read(ready, 1) == b"k" else 1
+    os.close(ready)
+    os.setsid()
+    status = 1
+    try:
+        status = _run(path, lambda: _detach(tell))
+    except OSError as error:
+        sys.stderr.write(f"keeper: {error.strerror}: {error.filename or path}\n")
+    finally:
+        os._exit(status)
+
+
+def _run(path: Path, serving: Callable[[], None]) -> int:
+    # Held to the end: two keepers of one name would each hold half.
+    lock = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        serving()
+        return 0
+    home = shim_cgroup.Home()
+    home.enter()
+    try:
+        Keeper(path).run(serving)
+    finally:
+        home.leave()
+    return 0
+
+
+def _detach(tell: int) -> None:
+    """Say that there is a keeper, and let go of the terminal and the pipes of who started it."""
+    os.write(tell, b"k")
+    os.close(tell)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 class Keeper:

@@ -15,11 +15,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from services.common import linux
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from services.shim.reaper import Exit
     from services.shim.stdio.process_io import ProcessIo
@@ -95,7 +95,9 @@ class ExitRecord:
         exited_at_ns: nanoseconds since the epoch.
         signal: the signal that ended it, or 0.
         oom_killed: whether the kernel killed something in the cgroup for lack of memory.
-        usage: user and system time in microseconds, largest resident set in bytes.
+        usage: user and system time in microseconds, largest resident set in bytes; empty where
+            nobody was told.
+        lost: why nobody can know how it ended, which makes the status mean nothing; or empty.
     """
 
     status: int
@@ -103,6 +105,7 @@ class ExitRecord:
     signal: int = 0
     oom_killed: bool = False
     usage: Mapping[str, int] = field(default_factory=dict)
+    lost: str = ""
 
     @classmethod
     def unpack(cls, saved: Mapping[str, Any]) -> Self:
@@ -113,6 +116,7 @@ class ExitRecord:
             signal=saved["signal"],
             oom_killed=saved["oom_killed"],
             usage=saved["usage"],
+            lost=saved["lost"],
         )
 
     @classmethod
@@ -127,7 +131,10 @@ class ExitRecord:
                 "user_us": ended.user_us,
                 "system_us": ended.system_us,
                 "max_rss_bytes": ended.max_rss_bytes,
-            },
+            }
+            if ended.reaped
+            else {},
+            lost=ended.lost,
         )
 
 
@@ -136,9 +143,25 @@ class Process:
 
     ``lock`` is held by whoever changes the state with an await in between: start, pause, resume,
     delete, and the handling of its exit, which thereby waits for a start under way.
+
+    Attributes:
+        kept: what the keeper holds for a successor, as names; None before it was created.
+        orphan: it is not a child of this shim, but of an earlier one that died.
+        pidfd: open while it runs; closed by ``release``.
     """
 
-    def __init__(self, container_id: str, exec_id: str, stdio: Stdio) -> None:
+    def __init__(
+        self,
+        container_id: str,
+        exec_id: str,
+        stdio: Stdio,
+        *,
+        release: Callable[[int], None] = os.close,
+    ) -> None:
+        self.kept: dict[str, Any] | None = None
+        self.orphan = False
+        self.pidfd = -1
+        self._release = release
         self.container_id = container_id
         self.exec_id = exec_id
         self.stdio = stdio
@@ -148,7 +171,6 @@ class Process:
         self.io: ProcessIo | None = None
         self.exit: ExitRecord | None = None
         self.lock = asyncio.Lock()
-        self._pidfd = -1
         self._transitions = EXEC_TRANSITIONS if exec_id else INIT_TRANSITIONS
         self._ended = asyncio.Event()
 
@@ -188,7 +210,7 @@ class Process:
         self.start_time = linux.process_start_time(pid) or 0
         # Gone already: its end is in the reaper's window.
         with contextlib.suppress(ProcessLookupError):
-            self._pidfd = os.pidfd_open(pid)
+            self.pidfd = os.pidfd_open(pid)
 
     def send_signal(self, signum: int) -> None:
         """Signal the process itself.
@@ -199,10 +221,10 @@ class Process:
         """
         if not 0 <= signum < signal.NSIG:
             raise InvalidArgument(f"there is no signal {signum}", field="signal")
-        if self._pidfd < 0:
+        if self.pidfd < 0:
             raise NotFound(f"process already finished: pid {self.pid}")
         try:
-            signal.pidfd_send_signal(self._pidfd, signum)
+            signal.pidfd_send_signal(self.pidfd, signum)
         except ProcessLookupError as error:
             raise NotFound(f"process already finished: pid {self.pid}") from error
 
@@ -227,26 +249,46 @@ class Process:
 
         Raises:
             NotFound: it was deleted before it ran.
+            DataLoss: nobody can know how.
         """
         await self._ended.wait()
+        self.check_known()
         if self.exit is None:
             raise NotFound(f"process '{self.id}' was deleted before it was started")
         return self.exit
 
+    def check_known(self) -> None:
+        """Raise if it ended and nobody can know how.
+
+        Raises:
+            DataLoss: that is so.
+        """
+        if self.exit is not None and self.exit.lost:
+            raise DataLoss(
+                f"process '{self.id}' has ended and its exit status is lost: {self.exit.lost}"
+            )
+
     @classmethod
-    def unpack(cls, container_id: str, saved: Mapping[str, Any]) -> Self:
+    def unpack(
+        cls,
+        container_id: str,
+        saved: Mapping[str, Any],
+        *,
+        pidfd: int,
+        release: Callable[[int], None],
+    ) -> Self:
         """The process that ``state`` described, without its streams."""
         stdio = Stdio(saved["stdin"], saved["stdout"], saved["stderr"], saved["terminal"])
-        process = cls(container_id, saved["exec_id"], stdio)
+        process = cls(container_id, saved["exec_id"], stdio, release=release)
+        process.kept = saved["kept"]
+        process.orphan = saved["orphan"]
         process.status = Status(saved["status"])
         process.pid = saved["pid"]
         process.start_time = saved["start_time"]
         if saved["exit"] is not None:
             process.exit = ExitRecord.unpack(saved["exit"])
             process._ended.set()
-        elif process.pid:
-            with contextlib.suppress(ProcessLookupError):
-                process._pidfd = os.pidfd_open(process.pid)
+        process.pidfd = pidfd
         return process
 
     def state(self) -> dict[str, object]:
@@ -256,6 +298,8 @@ class Process:
             "exec_id": self.exec_id,
             "pid": self.pid,
             "start_time": self.start_time,
+            "orphan": self.orphan,
+            "kept": self.kept,
             "status": str(self.status),
             "stdin": self.stdio.stdin,
             "stdout": self.stdio.stdout,
@@ -267,13 +311,22 @@ class Process:
         }
 
     def _close_pidfd(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self.pidfd >= 0:
+            self._release(self.pidfd)
+            self.pidfd = -1
 
 
 def exit_fields(process: Process, record: ExitRecord) -> dict[str, object]:
     """Fields of the event that tells the end of a process."""
+    if record.lost:
+        return {
+            "container_id": process.container_id,
+            "exec_id": process.exec_id,
+            "pid": process.pid,
+            "status": str(Status.STOPPED),
+            "exited_at_ns": record.exited_at_ns,
+            "exit_status_lost": True,
+        }
     return {
         "container_id": process.container_id,
         "id": process.id,

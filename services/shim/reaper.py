@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_ORPHAN_LIMIT_S = 2.0
+_ORPHAN_PAUSE_S = 0.005
 _RESET_SIGNALS = (
     signal.SIGPIPE,
     signal.SIGCHLD,
@@ -52,6 +54,8 @@ class Exit:
         user_us: processor time in user mode, its reaped children's included, microseconds.
         system_us: likewise in the kernel.
         max_rss_bytes: its largest resident set.
+        reaped: by this shim, which knows the figures above; otherwise it was no child of ours.
+        lost: why its status is not known, or empty.
     """
 
     pid: int
@@ -60,6 +64,8 @@ class Exit:
     user_us: int = 0
     system_us: int = 0
     max_rss_bytes: int = 0
+    reaped: bool = True
+    lost: str = ""
 
     @property
     def signal(self) -> int:
@@ -70,6 +76,10 @@ class Exit:
     def code(self) -> int:
         """Exit code, or 128 and the signal, as shells and containerd count."""
         return 128 + self.signal if self.signal else os.WEXITSTATUS(self.wait_status)
+
+
+def _unseen(pid: int, *, wait_status: int = 0, lost: str = "") -> Exit:
+    return Exit(pid, wait_status, time.time_ns(), reaped=False, lost=lost)
 
 
 class Window:
@@ -96,6 +106,8 @@ class Reaper:
         self._watches: dict[int, Callable[[Exit], None]] = {}
         self._windows: list[Window] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._orphans: dict[int, tuple[int, Callable[[Exit], None]]] = {}
+        self._orphan_ends: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Become a subreaper and listen for SIGCHLD in the running event loop."""
@@ -104,6 +116,12 @@ class Reaper:
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         # Children of an earlier image may have ended while nobody listened.
         self._loop.call_soon(self._reap)
+        for pid, (pidfd, ended) in self._orphans.items():
+            if pidfd >= 0:
+                self._loop.add_reader(pidfd, self._orphan_ended, pid, pidfd, ended)
+            else:
+                lost = "it ended while it had no shim, and no descriptor of it was kept"
+                self._loop.call_soon(ended, _unseen(pid, lost=lost))
 
     def stop(self) -> None:
         """Listen no more."""
@@ -162,6 +180,33 @@ class Reaper:
         """Call ``ended`` at the end of a child of an earlier image; before ``start``."""
         self._watches[pid] = ended
 
+    def adopt_orphan(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
+        """Call ``ended`` at the end of a process that an earlier shim left; before ``start``.
+
+        Args:
+            pid: its process id.
+            pidfd: opened while it lived, and open until it has ended; -1: it has ended already.
+            ended: to call.
+        """
+        self._orphans[pid] = (pidfd, ended)
+
+    def _orphan_ended(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
+        assert self._loop is not None
+        self._loop.remove_reader(pidfd)
+        task = self._loop.create_task(self._learn_end(pid, pidfd, ended))
+        self._orphan_ends.add(task)
+        task.add_done_callback(self._orphan_ends.discard)
+
+    async def _learn_end(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
+        """Ask the kernel, which knows once the new parent has reaped the process."""
+        deadline = time.monotonic() + _ORPHAN_LIMIT_S
+        while (status := linux.pidfd_exit_status(pidfd)) is None:
+            if time.monotonic() > deadline:
+                ended(_unseen(pid, lost="it was orphaned, and the kernel does not tell its status"))
+                return
+            await asyncio.sleep(_ORPHAN_PAUSE_S)
+        ended(_unseen(pid, wait_status=status))
+
     def expect(self, pid: int | None) -> asyncio.Future[Exit]:
         """The end of a child of an earlier image, or of none, which is past; before ``start``."""
         future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
@@ -170,6 +215,10 @@ class Reaper:
         else:
             self.adopt(pid, partial(finish, future))
         return future
+
+    def under_way(self) -> set[asyncio.Task[None]]:
+        """What goes on to learn how orphans ended."""
+        return set(self._orphan_ends)
 
     def forget(self, pid: int) -> None:
         """Watch a process no more; it is still reaped."""

@@ -226,7 +226,8 @@ class Tasks:
             await asyncio.wait(tasks)
 
     def _under_way(self) -> set[asyncio.Task[Any]]:
-        return self._running.union(*(container.work for container in self.all()))
+        work = [container.work for container in self.all()]
+        return self._running.union(self._around.reaper.under_way(), *work)
 
     async def _create(self, request: CreateRequest) -> Container:
         options = self.complete(request.options)

@@ -7,6 +7,8 @@ import asyncio
 import grpc
 import pytest
 
+from protos.containerd.events import task_pb2
+from protos.containerd.types.task.task_pb2 import PAUSED as TASK_PAUSED
 from protos.theseus.engine.v1 import containers_pb2 as pb
 from protos.theseus.engine.v1 import images_pb2, system_pb2
 from services.common.rpc_errors import from_rpc_error
@@ -272,8 +274,6 @@ async def test_lists_show_what_runs_newest_first(made):
 
 
 async def test_an_oom_is_told(made):
-    from protos.containerd.events import task_pb2
-
     identity = await made.run("one", network_mode="none")
     made.node.world.note("/tasks/oom", task_pb2.TaskOOM(container_id=identity))
     made.node.world.end(identity, 137)
@@ -282,8 +282,6 @@ async def test_an_oom_is_told(made):
 
 
 async def test_pause_and_resume_by_others_are_seen(made):
-    from protos.containerd.events import task_pb2
-
     identity = await made.run("one", network_mode="none")
     made.node.world.note("/tasks/paused", task_pb2.TaskPaused(container_id=identity))
     store = made.app._below.store
@@ -293,6 +291,16 @@ async def test_pause_and_resume_by_others_are_seen(made):
     assert "unpause" in refused.value.details()
     made.node.world.note("/tasks/resumed", task_pb2.TaskResumed(container_id=identity))
     await made.until(lambda: store.get(identity).state == "running")
+
+
+async def test_a_paused_container_is_killed(made):
+    identity = await made.run("one", network_mode="none")
+    made.node.world.process(identity).status = TASK_PAUSED
+    made.node.world.note("/tasks/paused", task_pb2.TaskPaused(container_id=identity))
+    store = made.app._below.store
+    await made.until(lambda: store.get(identity).state == "paused")
+    await made.remove("one", force=True)
+    assert (await made.wait(identity)).code == 137
 
 
 async def test_images_in_use_are_kept(made):

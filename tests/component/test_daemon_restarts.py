@@ -131,6 +131,16 @@ async def test_a_journal_that_began_anew_is_followed(made):
     assert (await made.wait("one")).code == 8
 
 
+async def test_a_fault_while_following_does_not_end_the_following(made):
+    identity = await made.run("one", **QUIET)
+    store = made.app._below.store
+    working, store.change_in = store.change_in, None  # calling it is a fault of ours
+    made.node.world.end(identity, 42)
+    await made.until(lambda: not made.app._follower.connected)
+    store.change_in = working
+    assert (await made.wait("one")).code == 42
+
+
 async def test_without_containerd_the_daemon_serves_and_says_so(made):
     identity = await made.run("one", **QUIET)
     await made.node.stop()

@@ -64,6 +64,7 @@ class Process:
     input: bytearray = field(default_factory=bytearray)
     input_closed: bool = False
     sizes: list = field(default_factory=list)
+    pending: list = field(default_factory=list)  # signals while it is paused
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self):
@@ -407,8 +408,20 @@ class _Tasks(tasks_pb2_grpc.TasksServicer):
         if process.status == task_pb2.STOPPED:
             await _not_found(context, "process already finished:")
         self._world.signals.append((request.container_id, request.exec_id, request.signal))
-        if request.signal in self._world.killed_by:
+        if process.status == task_pb2.PAUSED:
+            process.pending.append(request.signal)
+        elif request.signal in self._world.killed_by:
             self._world.end(request.container_id, 128 + request.signal, request.exec_id)
+        return empty_pb2.Empty()
+
+    async def Resume(self, request, context):
+        process = self._world.process(request.container_id)
+        if process.status != task_pb2.PAUSED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it is not paused")
+        process.status = task_pb2.RUNNING
+        for signal in process.pending:
+            if signal in self._world.killed_by:
+                self._world.end(request.container_id, 128 + signal)
         return empty_pb2.Empty()
 
     async def Wait(self, request, context):

@@ -33,7 +33,7 @@ MESSAGES = {
         "TaskPaused",
         "TaskResumed",
     )
-}
+} | {"theseus.shim.v1.ProcessState": registry_pb2.ProcessState}
 
 
 @dataclass

@@ -65,6 +65,42 @@ class FactoryProcess:
         return self.process.wait(10)
 
 
+class KeeperProcess:
+    """A running ``theseus-shim keeper``, with a connection that keeps it up."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "keeper.sock"
+        self._program = [sys.executable, "-m", "services.shim", "keeper"]
+        self._connection = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it; returns once it serves."""
+        subprocess.run(
+            [*self._program, "--socket", str(self.socket)], check=True, cwd=REPOSITORY, timeout=30
+        )
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(str(self.socket))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)
+
+    def kill(self) -> None:
+        """SIGKILL it, and see it end."""
+        pidfd = os.pidfd_open(self.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert self._connection.recv(1) == b""
+        self._connection.close()
+        os.close(pidfd)
+
+    def held(self) -> int:
+        """How many descriptors it has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+
 class RunningShim:
     """A shim that the factory started, and stubs to it."""
 
@@ -74,6 +110,7 @@ class RunningShim:
         self.bundle = Path(request["bundle"])
         self.id = request["id"]
         self.pidfd = os.pidfd_open(self.pid)
+        self._inits: list[int] = []  # pidfds: who adopts a container is not its parent
         self.channel = connect(request["socket"], namespace=request["namespace"])
         self.task = shim_pb2_grpc.TaskStub(self.channel)
         self.streams = streams_pb2_grpc.StreamsStub(self.channel)
@@ -93,7 +130,10 @@ class RunningShim:
         request = shim_pb2.CreateTaskRequest(
             id=self.id, bundle=str(self.bundle), rootfs=rootfs, options=packed, **streams
         )
-        return await self.call("Create", request)
+        created = await self.call("Create", request)
+        with suppress(ProcessLookupError):
+            self._inits.append(os.pidfd_open(created.pid))
+        return created
 
     async def start(self, exec_id=""):
         """Start a process."""
@@ -187,9 +227,18 @@ class RunningShim:
         finally:
             loop.remove_reader(self.pidfd)
 
+    async def die(self) -> None:
+        """SIGKILL the shim, and nothing else."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        await self.ended()
+
     async def close(self) -> None:
         """Let go of it; it and all below it are killed if they are still there."""
         await self.channel.close()
+        for pidfd in self._inits:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
         for pid in descendants(self.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -319,6 +368,15 @@ class ShimMaker:
         """A shim for a bundle."""
         request = self.request(bundle, **more)
         answer = self._factory.ask(request)
+        assert "error" not in answer, answer
+        shim = RunningShim(answer, request)
+        self._stack.push_async_callback(shim.close)
+        return shim
+
+    async def adopt(self, dead: RunningShim) -> RunningShim:
+        """A successor of a shim that died; raises AssertionError if there can be none."""
+        request = {**dead.request, "adopt": True}
+        answer = await asyncio.to_thread(self._factory.ask, request)
         assert "error" not in answer, answer
         shim = RunningShim(answer, request)
         self._stack.push_async_callback(shim.close)

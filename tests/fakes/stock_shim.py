@@ -44,7 +44,7 @@ def processes_of(address: Path) -> list[int]:
 def kill_processes_of(address: Path) -> None:
     """SIGKILL them and their containers, and wait until they are gone."""
     shims = processes_of(address)
-    for pid in [*shims, *(child for pid in shims for child in descendants(pid))]:
+    for pid in [*shims, *(child for shim in shims for child in descendants(shim))]:
         with suppress(ProcessLookupError):
             kill(pid)
 

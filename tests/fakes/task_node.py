@@ -81,7 +81,6 @@ class TaskNode:
         )
         self.tasks = TaskManager(
             containers=self.metadata.containers,
-            bundles=self.bundles,
             shims=self.shims,
             launchers=dict.fromkeys(OUR_RUNTIMES, self.factory),
             journal=journal,

@@ -77,6 +77,9 @@ ENTRIES = {
     "volume": _entry("volume", "ls|create|rm [OPTIONS] [VOLUME...]", "Manage volumes"),
     "version": _entry("system", "", "Print the versions of all tiers"),
     "info": _entry("system", "", "Print the state of the engine"),
+    "upgrade": _entry(
+        "upgrade", "shim --all | CONTAINER [CONTAINER...]", "Replace shims under their containers"
+    ),
     "up": _entry(
         "up", "[OPTIONS]", "Run containerd and the daemon in the foreground, until interrupted"
     ),

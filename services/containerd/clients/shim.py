@@ -21,13 +21,15 @@ from services.containerd.tasks.shim import (
     ProcessExit,
     ProcessInfo,
     ProcessState,
+    ProgramInfo,
+    Reexecuted,
     ShimInfo,
     Stdio,
     TaskStatus,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from services.containerd.tasks.shim import Attachment
@@ -198,6 +200,19 @@ class ShimClient:
         with self._call():
             request = pb.ShutdownRequest(id=self._id, now=now)
             await self._task.Shutdown(request, timeout=_QUICK_S)
+
+    async def info(self) -> ProgramInfo:
+        """As ``Shim.info``."""
+        with self._call():
+            answer = await self._control.Info(control_pb2.InfoRequest(), timeout=_QUICK_S)
+        return ProgramInfo(answer.version, answer.generation)
+
+    async def reexec(self, program: Sequence[str], generation: int) -> Reexecuted:
+        """As ``Shim.reexec``."""
+        request = control_pb2.ReexecRequest(program=program, generation=generation)
+        with self._call():
+            answer = await self._control.Reexec(request, timeout=_SLOW_S)
+        return Reexecuted(answer.version, answer.generation, answer.downtime_us)
 
     async def metrics(self) -> bytes:
         """As ``Shim.metrics``."""

@@ -28,6 +28,7 @@ _MESSAGES: Mapping[str, type[Message]] = {
     "/tasks/start": task_pb2.TaskStart,
     "/tasks/delete": task_pb2.TaskDelete,
     "/tasks/exit": task_pb2.TaskExit,
+    "/tasks/lost": registry_pb2.ProcessState,
     "/tasks/oom": task_pb2.TaskOOM,
     "/tasks/exec-added": task_pb2.TaskExecAdded,
     "/tasks/exec-started": task_pb2.TaskExecStarted,

@@ -18,7 +18,13 @@ from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.containerd.services.transfer.v1 import transfer_pb2, transfer_pb2_grpc
 from protos.containerd.services.version.v1 import version_pb2, version_pb2_grpc
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
-from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc, streams_pb2
+from protos.theseus.shim.v1 import (
+    registry_pb2,
+    registry_pb2_grpc,
+    streams_pb2,
+    upgrades_pb2,
+    upgrades_pb2_grpc,
+)
 from services.common.server import Service
 from services.containerd.rpc.streams import add_streams_to_server
 
@@ -44,6 +50,7 @@ _CONTRACTS: dict[str, tuple[Any, Callable[[Any, Any], None]]] = {
     "streams": (streams_pb2, add_streams_to_server),
     "tasks": (tasks_pb2, tasks_pb2_grpc.add_TasksServicer_to_server),
     "transfer": (transfer_pb2, transfer_pb2_grpc.add_TransferServicer_to_server),
+    "upgrades": (upgrades_pb2, upgrades_pb2_grpc.add_UpgradesServicer_to_server),
     "version": (version_pb2, version_pb2_grpc.add_VersionServicer_to_server),
 }
 

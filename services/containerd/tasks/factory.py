@@ -48,13 +48,17 @@ class ShimStartFailed(Internal):
 
 @dataclass(frozen=True, slots=True)
 class ShimRequest:
-    """What a shim is started with; ``instance_id`` is in the bundle's shim.json already."""
+    """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
+
+    With ``adopt`` it takes over the container of a shim that died, instead of waiting for one.
+    """
 
     namespace: str
     id: str
     bundle: Path
     socket: Path
     instance_id: str
+    adopt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class FactoryClient:
         registry: containerd's main socket, where shims register.
         default_runtime: OCI runtime of containers that name none.
         log_level: of the shims.
+        keeper: where the keeper of descriptors listens, for shims; None for none.
     """
 
     def __init__(
@@ -97,7 +102,9 @@ class FactoryClient:
         registry: Path,
         default_runtime: str = "runc",
         log_level: str = "info",
+        keeper: Path | None = None,
     ) -> None:
+        self._keeper = keeper
         self._program = (*program, "factory", "--socket", str(socket))
         self._socket = socket
         self._registry = registry
@@ -132,6 +139,8 @@ class FactoryClient:
                 "default_runtime": self._default_runtime,
                 "request_id": request_id.get(),
                 "log_level": self._log_level,
+                "adopt": request.adopt,
+                **({"keeper": str(self._keeper)} if self._keeper is not None else {}),
             }
         ).encode()
         try:

@@ -20,9 +20,15 @@ from services.containerd.tasks.shim import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from services.containerd.tasks.shim import Attachment, CreateTask, Stdio
+    from services.containerd.tasks.shim import (
+        Attachment,
+        CreateTask,
+        ProgramInfo,
+        Reexecuted,
+        Stdio,
+    )
     from services.containerd.typed import TypedValue
 
 
@@ -164,6 +170,14 @@ class GoneShim:
 
     async def shutdown(self, *, now: bool = False) -> None:
         """As ``Shim.shutdown``; it is done."""
+
+    async def info(self) -> ProgramInfo:
+        """As ``Shim.info``; refused."""
+        self._refuse()
+
+    async def reexec(self, program: Sequence[str], generation: int) -> Reexecuted:
+        """As ``Shim.reexec``; refused."""
+        self._refuse()
 
     async def metrics(self) -> bytes:
         """As ``Shim.metrics``: nothing is measured."""

@@ -2,9 +2,10 @@
 
 A shim that has not registered within the grace time is dialled and, if it answers, adopted. While
 its process lives a shim is never given up: it is SILENT, and asked again. A process that ends is
-noticed through its pidfd, and the shim is buried at once. Which of these happened is a log line, a
-metric and an event of the namespace: topic ``/shims/adopted``, ``/shims/gone`` or ``/shims/void``
-with a ``theseus.shim.v1.Hello`` that describes the shim and its processes.
+noticed through its pidfd; a successor is started, which adopts the container, and where there can
+be none the shim is buried. Which of these happened is a log line, a metric and an event of the
+namespace: topic ``/shims/adopted``, ``/shims/replaced``, ``/shims/gone`` or ``/shims/void`` with a
+``theseus.shim.v1.Hello`` that describes the shim and its processes.
 """
 
 from __future__ import annotations
@@ -26,19 +27,32 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from services.common.background import Background
+    from services.containerd.tasks.factory import ShimAddress
     from services.containerd.tasks.gone import Epitaph
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.metrics import TaskMetrics
     from services.containerd.tasks.shim import ShimConnector
+
+    Replace = Callable[[KnownShim], Awaitable[ShimAddress]]
+    """Starts a shim that adopts the container of a dead one; raises TheseusError if none can."""
     from services.containerd.tasks.undertaker import Undertaker
 
 log = structlog.get_logger(__name__)
 
 _REDIAL_MAX_S = 10.0
+_REPLACED_MAX = 5
+_REPLACING_S = 60.0
 _ASKED = frozenset({Standing.ADOPTING, Standing.SILENT})
 _TAKEN_CARE_OF = frozenset(
-    {Standing.STARTING, Standing.BURYING, Standing.GONE, Standing.REMOVING, Standing.REMOVED}
+    {
+        Standing.STARTING,
+        Standing.REPLACING,
+        Standing.BURYING,
+        Standing.GONE,
+        Standing.REMOVING,
+        Standing.REMOVED,
+    }
 )
 
 
@@ -53,6 +67,7 @@ class Keeper:
         metrics: counts.
         remove: takes one away that has no task.
         grace_s: how long a shim has to register.
+        replace: starts a successor that adopts the container; None: none is.
     """
 
     def __init__(
@@ -65,7 +80,9 @@ class Keeper:
         metrics: TaskMetrics,
         remove: Callable[[KnownShim], Awaitable[bool]],
         grace_s: float,
+        replace: Replace | None = None,
     ) -> None:
+        self._replace = replace
         self._background = background
         self._journal = journal
         self._undertaker = undertaker
@@ -160,7 +177,37 @@ class Keeper:
             return
         pid = known.process.pid if known.process is not None else 0
         reason = f"its shim (pid {pid}) has died" if pid else "its shim never came up"
+        failure = await self._find_successor(known) if pid else ""
+        if failure is None:
+            return
+        if failure:
+            reason = f"{reason} and has no successor: {failure}"
         await self._settle(known, "gone", reason)
+
+    async def _find_successor(self, known: KnownShim) -> str | None:
+        """Have a new shim adopt the container; returns why there is none, None when there is."""
+        if self._replace is None:
+            return ""
+        now = time.monotonic()
+        known.replaced_at = [at for at in known.replaced_at if now - at < _REPLACING_S]
+        if len(known.replaced_at) >= _REPLACED_MAX:
+            return f"{_REPLACED_MAX} of them have died within {_REPLACING_S:.0f} s"
+        known.replaced_at.append(now)
+        known.turn(Standing.REPLACING)
+        if known.session is not None:
+            known.session.end()
+        try:
+            address = await self._replace(known)
+        except TheseusError as error:
+            log.error("dead shim has no successor", container=known.id, reason=error.message)
+            return error.message
+        if known.standing is not Standing.REPLACING:  # its task is being deleted
+            return None
+        self.meet(known, address.process, address.address, address.version)
+        registered = known.session is not None
+        known.turn(Standing.REGISTERED if registered else Standing.REACHABLE)
+        await self._announce(known, "replaced")
+        return None
 
     async def settle_void(self, known: KnownShim) -> None:
         """Bury a shim of another boot."""

@@ -7,12 +7,14 @@
                      ▼
                   ADOPTING ──▶ REACHABLE            it answered when dialled
                      └───────▶ SILENT               its process lives and does not answer
-    any, its process ended ──▶ BURYING ──▶ GONE
+    any, its process ended ──▶ REPLACING ──▶ REACHABLE    a successor has adopted the container
+                                  └─────────▶ BURYING ──▶ GONE
     any, its task deleted ───▶ REMOVING ─▶ REMOVED
     any, a new stream ───────▶ REGISTERED
 
-A call to a shim that is EXPECTED, ADOPTING or BURYING waits: one of the others follows within the
-grace time and a little. A GONE shim still answers (see :mod:`.gone`), until its task is deleted.
+A call to a shim that is EXPECTED, ADOPTING, REPLACING or BURYING waits: one of the others follows
+within the grace time and a little. A GONE shim still answers (see :mod:`.gone`), until its task is
+deleted.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Standing(Enum):
     EXPECTED = "expected"
     ADOPTING = "adopting"
     SILENT = "silent"
+    REPLACING = "replacing"
     BURYING = "burying"
     GONE = "gone"
     REMOVING = "removing"
@@ -47,7 +50,7 @@ class Standing(Enum):
 
 
 _ANSWERING = frozenset({Standing.REACHABLE, Standing.REGISTERED, Standing.GONE})
-_UNSETTLED = frozenset({Standing.EXPECTED, Standing.ADOPTING, Standing.BURYING})
+_UNSETTLED = frozenset({Standing.EXPECTED, Standing.ADOPTING, Standing.REPLACING, Standing.BURYING})
 
 
 class KnownShim:
@@ -77,6 +80,7 @@ class KnownShim:
         self.session: ShimSession | None = None
         self.exits: dict[str, ProcessExit] = {}
         self.removal = asyncio.Lock()
+        self.replaced_at: list[float] = []
         self._standing = standing
         self._changed = asyncio.Event()
 

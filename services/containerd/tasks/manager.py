@@ -28,7 +28,6 @@ from services.common.errors import (
     Unavailable,
 )
 from services.containerd.identifiers import checked_identifier
-from services.containerd.tasks.factory import ShimRequest
 from services.containerd.tasks.journal import TOPIC_DELETE
 from services.containerd.tasks.known import Standing
 from services.containerd.tasks.shim import (
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 
     from services.common.mounts import Mount
     from services.containerd.containers.store import Container, ContainerStore
-    from services.containerd.tasks.bundle import Bundles
     from services.containerd.tasks.factory import ShimLauncher
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
@@ -68,6 +66,7 @@ OUR_RUNTIMES = (
 
 _ASKED_AT_ONCE = 64
 _STATE_S = 2.0  # as upstream's io.containerd.timeout.task.state
+_ASK_AGAIN_S = 15.0
 _WAIT_AGAIN_S = 0.05
 _WAIT_AGAIN_MAX_S = 1.0
 
@@ -88,7 +87,6 @@ class TaskManager:
 
     Args:
         containers: the records that tasks are made of.
-        bundles: where sockets of shims lie.
         shims: the register.
         launchers: who starts shims, by runtime name.
         journal: for what is said in a dead shim's name.
@@ -99,14 +97,12 @@ class TaskManager:
         self,
         *,
         containers: ContainerStore,
-        bundles: Bundles,
         shims: ShimManager,
         launchers: Mapping[str, ShimLauncher],
         journal: TaskJournal,
         metrics: TaskMetrics,
     ) -> None:
         self._containers = containers
-        self._bundles = bundles
         self._shims = shims
         self._launchers = launchers
         self._journal = journal
@@ -288,13 +284,7 @@ class TaskManager:
         return shim.attach(requests, timeout_s=timeout_s)
 
     async def _launch(self, launcher: ShimLauncher, known: KnownShim) -> None:
-        request = ShimRequest(
-            namespace=known.namespace,
-            id=known.id,
-            bundle=known.bundle.path,
-            socket=self._bundles.socket(known.namespace, known.id),
-            instance_id=known.instance_id,
-        )
+        request = self._shims.request(known)
         with self._metrics.start_seconds.time():
             address = await launcher.start_shim(request)
         self._shims.served(known, address)
@@ -331,9 +321,19 @@ class TaskManager:
     async def _ask(
         self, namespace: str, container_id: str, question: Callable[[Shim], Awaitable[T]]
     ) -> T:
-        """Ask a task's shim, once it is there."""
+        """Ask a task's shim, once it is there; again if it goes away over the question."""
         await self._containers.get(namespace, container_id)
-        return await question(await self._shims.get(namespace, container_id).ready())
+        known = self._shims.get(namespace, container_id)
+        deadline = time.monotonic() + _ASK_AGAIN_S
+        while True:
+            shim = await known.ready()
+            try:
+                return await question(shim)
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.debug("question is asked again", container=known.id, reason=error.message)
+            await known.change(timeout_s=_WAIT_AGAIN_S)
 
     async def _ask_all(
         self, shims: Sequence[KnownShim], question: Callable[[KnownShim], Awaitable[T]]

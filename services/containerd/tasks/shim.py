@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from services.common.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from services.common.mounts import Mount
     from services.containerd.typed import TypedValue
@@ -108,6 +108,23 @@ class Attachment(Protocol):
 
     def cancel(self) -> None:
         """End the call, wherever it is. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInfo:
+    """Answer of ``info``: the program that a shim runs, and how often it was re-executed."""
+
+    version: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reexecuted:
+    """Answer of ``reexec``: what runs now."""
+
+    version: str
+    generation: int
+    downtime_us: int
 
 
 class Shim(Protocol):
@@ -206,6 +223,17 @@ class Shim(Protocol):
 
     async def shutdown(self, *, now: bool = False) -> None:
         """Tell the shim to go; with ``now`` even if it has a task. It may not answer any more."""
+
+    async def info(self) -> ProgramInfo:
+        """The program that the shim runs."""
+
+    async def reexec(self, program: Sequence[str], generation: int) -> Reexecuted:
+        """Have the shim execute ``program`` in place; breaks with Unavailable: ask again.
+
+        Raises:
+            InvalidArgument: ``generation`` is neither the present one nor the next.
+            FailedPrecondition: the program is no good; the old one goes on.
+        """
 
     async def metrics(self) -> bytes:
         """The shim's page of metrics, in Prometheus' text format."""

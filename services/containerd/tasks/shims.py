@@ -16,6 +16,7 @@ import structlog
 from services.common import linux
 from services.common.background import Background
 from services.common.errors import AlreadyExists, Unavailable
+from services.containerd.tasks.factory import ShimRequest
 from services.containerd.tasks.gone import GoneShim
 from services.containerd.tasks.inheritance import look_around
 from services.containerd.tasks.keeper import Keeper
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from services.containerd.tasks.bundle import Bundles, ShimRecord
-    from services.containerd.tasks.factory import ShimAddress
+    from services.containerd.tasks.factory import ShimAddress, ShimLauncher
     from services.containerd.tasks.inheritance import FoundBundle
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.metrics import TaskMetrics
@@ -65,6 +66,7 @@ class ShimManager:
         metrics: counts.
         identity: for Welcome.
         grace_s: how long a shim has to register.
+        launcher: starts successors of shims that died; None: they have none.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class ShimManager:
         metrics: TaskMetrics,
         identity: Identity,
         grace_s: float = 5.0,
+        launcher: ShimLauncher | None = None,
     ) -> None:
+        self._launcher = launcher
         self._bundles = bundles
         self._journal = journal
         self._undertaker = undertaker
@@ -93,6 +97,7 @@ class ShimManager:
             metrics=metrics,
             remove=self.remove,
             grace_s=grace_s,
+            replace=self._replace if launcher is not None else None,
         )
         self._boot_id = linux.boot_id()
         self._draining = False
@@ -172,6 +177,17 @@ class ShimManager:
         known.instance_id = record.instance_id
         return known
 
+    def request(self, known: KnownShim, *, adopt: bool = False) -> ShimRequest:
+        """What a shim for a bundle is started with."""
+        return ShimRequest(
+            namespace=known.namespace,
+            id=known.id,
+            bundle=known.bundle.path,
+            socket=self._bundles.socket(known.namespace, known.id),
+            instance_id=known.instance_id,
+            adopt=adopt,
+        )
+
     def served(self, known: KnownShim, address: ShimAddress) -> None:
         """The shim of a new task serves."""
         self._keeper.meet(known, address.process, address.address, address.version)
@@ -236,6 +252,10 @@ class ShimManager:
         self._metrics.unanswered.inc(unanswered)
         return page
 
+    async def _replace(self, known: KnownShim) -> ShimAddress:
+        assert self._launcher is not None
+        return await self._launcher.start_shim(self.request(known, adopt=True))
+
     def _inherit(self, found: FoundBundle) -> None:
         bundle = found.bundle
         instance_id = found.record.instance_id if found.record is not None else ""
@@ -270,7 +290,7 @@ class ShimManager:
         for process in hello.processes:
             if process.exit is not None:
                 known.exits[process.exec_id] = process.exit
-        if known.standing in (Standing.STARTING, Standing.REMOVING):
+        if known.standing in (Standing.STARTING, Standing.REPLACING, Standing.REMOVING):
             return
         if known.inherited and not hello.processes:
             # containerd ended while it made this task: nobody was ever told of it.

@@ -109,6 +109,13 @@ class ContainerdTasks:
         with self._connection.calls():
             await self._stub.Kill(request, timeout=TIMEOUT_S)
 
+    async def resume(self, container_id: str) -> None:
+        """See the interface."""
+        with self._connection.calls():
+            await self._stub.Resume(
+                pb.ResumeTaskRequest(container_id=container_id), timeout=TIMEOUT_S
+            )
+
     async def get(self, container_id: str, exec_id: str = "") -> TaskProcess:
         """See the interface."""
         request = pb.GetRequest(container_id=container_id, exec_id=exec_id)

@@ -104,6 +104,8 @@ class Caretaker:
                 log.debug("clean-up postponed", container_id=container_id, error=error.message)
             except TheseusError as error:
                 log.warning("clean-up failed", container_id=container_id, error=error.message)
+            except Exception as error:  # a full disk, a fault of ours: nobody else would go on
+                log.error("clean-up broke", container_id=container_id, exc_info=error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._retry.wait()

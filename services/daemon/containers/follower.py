@@ -103,7 +103,9 @@ class Follower:
             except TheseusError as error:
                 if self.connected:
                     log.warning("containerd lost", error=error.message)
-                self._set_connected(False)
+            except Exception as error:  # a full disk, a fault of ours: it must go on all the same
+                log.error("following the journal broke", exc_info=error)
+            self._set_connected(False)
             if time.monotonic() - began_s > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             await asyncio.sleep(pause_s)

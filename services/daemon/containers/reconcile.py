@@ -116,7 +116,10 @@ class Reconciler:
                         await self.settle_start(record)
                 return
             except (Unavailable, DeadlineExceeded):
-                await asyncio.sleep(_PAUSE_S)
+                log.debug("start not settled yet", container_id=container_id)
+            except TheseusError as error:
+                log.warning("start not settled", container_id=container_id, error=error.message)
+            await asyncio.sleep(_PAUSE_S)
 
     async def _one(self, record: ContainerRecord) -> None:
         try:

@@ -139,6 +139,9 @@ class Tasks(Protocol):
             NotFound: the process has ended, or never was.
         """
 
+    async def resume(self, container_id: str) -> None:
+        """Thaw a task that is paused."""
+
     async def get(self, container_id: str, exec_id: str = "") -> TaskProcess:
         """A process' state.
 

@@ -74,6 +74,11 @@ class Stopper:
 
     async def _kill(self, record: ContainerRecord) -> None:
         await self._signal(record, SIGKILL)
+        present = self._below.store.get(record.id)
+        if present is not None and present.state is State.PAUSED:
+            # A process that cgroup v1 has frozen dies only when it is thawed.
+            with suppress(NotFound, FailedPrecondition):
+                await self._below.tasks.resume(record.id)
         if not await self._ended(record, _KILL_TIMEOUT_S):
             raise DeadlineExceeded(
                 f"container {record.id} did not end within {_KILL_TIMEOUT_S:.0f} s of SIGKILL",

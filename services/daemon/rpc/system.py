@@ -8,15 +8,19 @@ from protos.theseus.engine.v1 import system_pb2 as pb
 from protos.theseus.engine.v1 import system_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from services.daemon.rpc.context import Context
     from services.daemon.system import SystemReporter
+    from services.daemon.upgrades import Upgrades
 
 
 class SystemService(system_pb2_grpc.SystemServicer):
     """Serves what is to be known about the engine itself."""
 
-    def __init__(self, system: SystemReporter) -> None:
+    def __init__(self, system: SystemReporter, upgrades: Upgrades) -> None:
         self._system = system
+        self._upgrades = upgrades
 
     async def Version(self, request: pb.VersionRequest, context: Context) -> pb.VersionResponse:
         """See the contract."""
@@ -27,6 +31,20 @@ class SystemService(system_pb2_grpc.SystemServicer):
             kernel=found.kernel,
             containerd=found.containerd,
         )
+
+    async def UpgradeShims(
+        self, request: pb.UpgradeShimsRequest, context: Context
+    ) -> AsyncIterator[pb.UpgradeShimsResponse]:
+        """See the contract."""
+        async for done in self._upgrades.shims(request.containers):
+            yield pb.UpgradeShimsResponse(
+                container_id=done.container_id,
+                name=done.container_name,
+                version_before=done.version_before,
+                version=done.version,
+                downtime_us=done.downtime_us,
+                error=done.error,
+            )
 
     async def Info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
         """See the contract."""

@@ -8,6 +8,7 @@ from google.protobuf import any_pb2, timestamp_pb2
 
 from protos.containerd.events import task_pb2
 from protos.containerd.types import mount_pb2
+from protos.theseus.shim.v1 import registry_pb2
 from services.shim import events
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _MESSAGES: dict[str, type[Message]] = {
     events.TASK_START: task_pb2.TaskStart,
     events.TASK_OOM: task_pb2.TaskOOM,
     events.TASK_EXIT: task_pb2.TaskExit,
+    events.TASK_LOST: registry_pb2.ProcessState,
     events.TASK_DELETE: task_pb2.TaskDelete,
     events.TASK_EXEC_ADDED: task_pb2.TaskExecAdded,
     events.TASK_EXEC_STARTED: task_pb2.TaskExecStarted,

@@ -52,6 +52,7 @@ class RegistryClient:
         metrics: counts registrations.
         epoch: highest epoch seen by an earlier process of this shim.
         epoch_seen: called when a higher one was seen, to keep it.
+        make_channel: connects to a socket.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RegistryClient:
         metrics: ShimMetrics,
         epoch: int,
         epoch_seen: Callable[[int], None],
+        make_channel: Callable[[Path], grpc.aio.Channel] = connect,
     ) -> None:
         self.epoch = epoch
         self.registered = False
@@ -71,6 +73,7 @@ class RegistryClient:
         self._spool = spool
         self._metrics = metrics
         self._epoch_seen = epoch_seen
+        self._make_channel = make_channel
 
     async def run(self) -> None:
         """Stay registered until cancelled."""
@@ -96,7 +99,7 @@ class RegistryClient:
     async def _register(self) -> bool:
         """One registration, to its end; returns whether it was ever welcomed."""
         welcomed = False
-        channel = connect(self._address)
+        channel = self._make_channel(self._address)
         try:
             call = registry_pb2_grpc.RegistryStub(channel).Register()
             welcome = await self._welcome(call)

@@ -60,7 +60,9 @@ class TaskApi:
             id=process.id,
             bundle=str(container.bundle.path),
             pid=process.pid,
-            status=_STATUSES[container.status(process)],
+            status=task_pb2.UNKNOWN
+            if record and record.lost
+            else _STATUSES[container.status(process)],
             stdin=process.stdio.stdin,
             stdout=process.stdio.stdout,
             stderr=process.stdio.stderr,
@@ -91,6 +93,7 @@ class TaskApi:
         """Delete a process that has ended; with init goes the container."""
         container, process = self._find(request.id, request.exec_id)
         await self._tasks.delete(container, process)
+        process.check_known()
         record = process.exit
         return shim_pb2.DeleteResponse(
             pid=process.pid,

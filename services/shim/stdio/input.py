@@ -172,9 +172,7 @@ class FifoInput:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    def open(
-        cls, path: Path, target: Input, *, close: Callable[[int], None] = os.close
-    ) -> Self:
+    def open(cls, path: Path, target: Input, *, close: Callable[[int], None] = os.close) -> Self:
         """Open a FIFO, or a file.
 
         Raises:

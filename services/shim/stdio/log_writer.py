@@ -40,6 +40,7 @@ QUEUE_MAX_BYTES = 4 << 20
 INDEX_DISTANCE_BYTES = 256 << 10
 PLACES_MAX = 4096
 _RETRY_S = 1.0
+_TORN_PIECE_BYTES = 65536
 _LOG_FILE_MODE = 0o640
 
 
@@ -132,7 +133,13 @@ class Chunk:
 
 
 class Format(Protocol):
-    """Turns one process' output into what is written."""
+    """Turns one process' output into what is written.
+
+    Attributes:
+        lines: whether a file of it consists of whole lines.
+    """
+
+    lines: bool
 
     def feed(self, stream: str, data: bytes, time_ns: int) -> Iterator[Chunk]:
         """Chunks that are complete after ``data``."""
@@ -153,6 +160,8 @@ class Format(Protocol):
 
 class JsonFileFormat:
     """docker's json-file lines."""
+
+    lines = True
 
     def __init__(self) -> None:
         self._splitters: dict[str, json_file.LineSplitter] = {}
@@ -185,6 +194,8 @@ class JsonFileFormat:
 
 class RawFormat:
     """The bytes as they came."""
+
+    lines = False
 
     def feed(self, stream: str, data: bytes, time_ns: int) -> Iterator[Chunk]:
         """See :meth:`Format.feed`."""
@@ -291,8 +302,11 @@ class LogWriter:
         self.oldest_generation = saved["oldest_generation"]
         self.index = {name: StreamIndex.unpack(index) for name, index in saved["index"].items()}
         self._format.resume({stream: data_of(rest) for stream, rest in saved["unfinished"].items()})
-        fd = saved["fd"]
-        return (fd, os.fstat(fd).st_size) if fd >= 0 else self._open()
+        if saved["fd"] >= 0:
+            return saved["fd"], os.fstat(saved["fd"]).st_size
+        if self._format.lines:
+            _cut_torn_line(self.path)
+        return self._open()
 
     @property
     def ready(self) -> bool:
@@ -515,3 +529,21 @@ class LogWriter:
                 f"log file {self.path} cannot be opened: {error.strerror}"
             ) from error
         return fd, os.fstat(fd).st_size
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut a file back to its last whole line: a writer was killed while it wrote."""
+    try:
+        with path.open("r+b") as file:
+            end = size = file.seek(0, os.SEEK_END)
+            while end > 0:
+                begin = max(0, end - _TORN_PIECE_BYTES)
+                file.seek(begin)
+                newline = file.read(end - begin).rfind(b"\n")
+                end = begin + newline + 1
+                if newline >= 0:
+                    break
+            if end < size:
+                file.truncate(end)
+    except OSError as error:
+        log.error("torn log file cannot be mended", path=str(path), error=error.strerror)

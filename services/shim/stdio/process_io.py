@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from services.common.errors import FailedPrecondition
 from services.shim.runtimes.runtime import RuntimeStdio
-from services.shim.stdio import console, uris
+from services.shim.stdio import console, meter, uris
 from services.shim.stdio.fd_sink import FdSink, open_output
 from services.shim.stdio.input import FifoInput, Input
 from services.shim.stdio.log_writer import JsonFileFormat, LogWriter, RawFormat
 from services.shim.stdio.logger import LoggerProcess, start_logger
+from services.shim.stdio.meter import Meter
 from services.shim.stdio.output import Output
 from services.shim.stdio.pump import Pump
 from services.shim.stdio.sink import STDERR, STDOUT, Sink
@@ -48,8 +49,16 @@ class ProcessIo:
         log: the log file, or None.
     """
 
-    def __init__(self, stdio: uris.Stdio, metrics: Measures, background: Background) -> None:
+    def __init__(
+        self,
+        stdio: uris.Stdio,
+        metrics: Measures,
+        background: Background,
+        release: Callable[[int], None] = os.close,
+    ) -> None:
         self.stdio = stdio
+        self._release = release
+        self._meter: Meter | None = None
         self.output: Output | None = None
         self.input: Input | None = None
         self.log: LogWriter | None = None
@@ -82,14 +91,16 @@ class ProcessIo:
         self._close_theirs()
         if self.stdio.terminal:
             self._master = master
-            self.input = Input(master, terminal=True)
+            self.input = Input(master, terminal=True, close=self._release, took=self._took)
             if STDOUT in self._sinks:
                 self._add_pump(master, STDOUT, owns_fd=False)
         for stream, fd in self._pipes.items():
             self._add_pump(fd, stream, owns_fd=True)
         self._pipes.clear()
         if isinstance(self._stdin_source, uris.Fifo) and self.input is not None:
-            self._fifo_input = FifoInput.open(self._stdin_source.path, self.input)
+            self._fifo_input = FifoInput.open(
+                self._stdin_source.path, self.input, close=self._release
+            )
             self._copy_input()
 
     async def pause(self) -> None:
@@ -126,11 +137,14 @@ class ProcessIo:
             "fifo_input": self._fifo_input.pack(out) if self._fifo_input is not None else None,
             "logger": self._logger.pack() if self._logger is not None else None,
             "master": out.fd(self._master),
+            "meter": out.fd(self._meter.fd if self._meter is not None else -1),
         }
 
     def unpack(self, saved: Mapping[str, Any], reaper: Reaper) -> None:
         """Become what was packed, paused: ``resume`` begins to copy."""
         self._parse()
+        if saved["meter"] >= 0:
+            self._meter = Meter(saved["meter"])
         owners = {number: stream for stream, number in reversed(saved["sink_of"].items())}
         for number, sink in enumerate(saved["sinks"]):
             self._unique_sinks.append(self._unpack_sink(sink, owners[number]))
@@ -139,11 +153,17 @@ class ProcessIo:
         }
         self._master = saved["master"]
         for pump in saved["pumps"]:
-            self._add_pump(pump["fd"], pump["stream"], owns_fd=pump["owns_fd"], paused=True)
+            if pump["fd"] >= 0:
+                self._add_pump(pump["fd"], pump["stream"], owns_fd=pump["owns_fd"], paused=True)
+            else:  # it had read the end of it
+                self._sinks[pump["stream"]].finish(pump["stream"])
         if saved["input"] is not None:
-            self.input = Input.unpack(saved["input"])
-        if saved["fifo_input"] is not None and self.input is not None:
-            self._fifo_input = FifoInput.unpack(saved["fifo_input"], self.input)
+            self.input = Input.unpack(saved["input"], close=self._release, took=self._took)
+        fifo = saved["fifo_input"]
+        if fifo is not None and fifo["fd"] >= 0 and self.input is not None:
+            self._fifo_input = FifoInput.unpack(
+                saved["fifo_input"], self.input, close=self._release
+            )
         if saved["logger"] is not None:
             self._logger = LoggerProcess.unpack(saved["logger"], reaper)
 
@@ -195,14 +215,19 @@ class ProcessIo:
         for sink in self._unique_sinks:
             await sink.close()
         if self._master >= 0:
-            os.close(self._master)
+            self._release(self._master)
             self._master = -1
+        if self._meter is not None:
+            self._meter.close()
+            self._release(self._meter.fd)
+            self._meter = None
         if self._logger is not None:
             self._background.start(self._logger.stop(), name="logger end")
 
     async def open(self, reaper: Reaper, *, container_id: str, namespace: str) -> None:
         """Open all that can fail, before the process exists. Called by :func:`open_io`."""
         stdout, stderr = self._parse()
+        self._meter = Meter()
         if isinstance(self._stdin_source, uris.Fifo) and not self._stdin_source.path.exists():
             raise FailedPrecondition(
                 f"stdin '{self._stdin_source.path}' does not exist", field="stdin"
@@ -261,7 +286,7 @@ class ProcessIo:
                 self._sinks.update(dict.fromkeys(sharing, sink))
         if self._logger is not None and self.stdio.terminal:
             os.set_blocking(self._logger.stdout, False)
-            self._sinks[STDOUT] = FdSink(self._logger.stdout)
+            self._sinks[STDOUT] = FdSink(self._logger.stdout, close=self._release)
             self._unique_sinks.append(self._sinks[STDOUT])
             os.close(self._logger.stderr)
 
@@ -271,7 +296,12 @@ class ProcessIo:
             raise FailedPrecondition("stdout and stderr cannot have two different log files")
         for spec in files:
             self.log = self._open_log(spec)
-        self.output = Output(self.log, streams=len(ours), dropped=self._metrics.dropped)
+        self.output = Output(
+            self.log,
+            streams=len(ours),
+            dropped=self._metrics.dropped,
+            handed=self._count_handed,
+        )
         self._sinks.update(dict.fromkeys(ours, self.output))
         self._unique_sinks.append(self.output)
 
@@ -284,35 +314,44 @@ class ProcessIo:
             block_on_full=spec.block_on_full,
             dropped=self._metrics.dropped,
             saved=saved,
+            wrote=self._count_written,
         )
 
     def _unpack_sink(self, saved: Mapping[str, Any], stream: str) -> Sink:
         if saved["kind"] == "fd":
-            return FdSink.unpack(saved)
+            return FdSink.unpack(saved, close=self._release)
         targets = self._parse()
         dropped = self._metrics.dropped
         if saved["kind"] == "log":
             spec = targets[stream == STDERR]
             assert isinstance(spec, uris.RawFile)
-            return LogWriter(spec.path, RawFormat(), dropped=dropped, saved=saved)
+            return LogWriter(
+                spec.path, RawFormat(), dropped=dropped, saved=saved, wrote=self._count_written
+            )
         if saved["log"] is not None:
             file = next(target for target in targets if isinstance(target, uris.LogFile))
             self.log = self._open_log(file, saved["log"])
-        self.output = Output.unpack(saved, self.log, dropped=dropped)
+        self.output = Output.unpack(saved, self.log, dropped=dropped, handed=self._count_handed)
         return self.output
 
     def _make_sink(self, spec: uris.Output, name: str, *, streams: int) -> Sink:
         if isinstance(spec, uris.RawFile):
-            return LogWriter(spec.path, RawFormat(), dropped=self._metrics.dropped)
+            return LogWriter(
+                spec.path,
+                RawFormat(),
+                dropped=self._metrics.dropped,
+                wrote=self._count_written,
+            )
         assert isinstance(spec, uris.Fifo)
-        return FdSink(open_output(spec.path, field=name), streams=streams)
+        fd = open_output(spec.path, field=name)
+        return FdSink(fd, streams=streams, close=self._release)
 
     def _open_stdin(self) -> int:
         if isinstance(self._stdin_source, uris.Nothing):
             return self._keep(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(write_end, False)
-        self.input = Input(write_end, terminal=False)
+        self.input = Input(write_end, terminal=False, close=self._release, took=self._took)
         return self._keep(read_end)
 
     def _open_stream(self, name: str, spec: uris.Output) -> int:
@@ -335,13 +374,36 @@ class ProcessIo:
         self._theirs.clear()
 
     def _add_pump(self, fd: int, stream: str, *, owns_fd: bool, paused: bool = False) -> None:
-        counter: Callable[[str, bytes], None] = self._metrics.read
-        pump = Pump(fd, stream, self._sinks[stream], read=counter, owns_fd=owns_fd)
+        pump = Pump(
+            fd,
+            stream,
+            self._sinks[stream],
+            read=self._count_read,
+            owns_fd=owns_fd,
+            close=self._release,
+        )
         self._pumps.append(pump)
         if paused:
             pump.pause()
         else:
             pump.start()
+
+    def _count_read(self, stream: str, data: bytes) -> None:
+        self._metrics.read(stream, data)
+        if self._meter is not None:
+            self._meter[meter.READ[stream]] += len(data)
+
+    def _count_written(self, stream: str, count: int) -> None:
+        if self._meter is not None:
+            self._meter[meter.WRITTEN[stream]] = count
+
+    def _count_handed(self, offset: int) -> None:
+        if self._meter is not None:
+            self._meter[meter.HANDED] = offset
+
+    def _took(self, count: int) -> None:
+        if self._meter is not None:
+            self._meter[meter.TAKEN] = count
 
 
 async def open_io(
@@ -352,6 +414,7 @@ async def open_io(
     reaper: Reaper,
     metrics: Measures,
     background: Background,
+    release: Callable[[int], None] = os.close,
 ) -> ProcessIo:
     """Open the streams of a process that is about to be created.
 
@@ -359,7 +422,7 @@ async def open_io(
         InvalidArgument: a URI is malformed.
         FailedPrecondition: what it names cannot be opened.
     """
-    streams = ProcessIo(stdio, metrics, background)
+    streams = ProcessIo(stdio, metrics, background, release)
     async with AsyncExitStack() as undo:
         undo.push_async_callback(streams.close, drain=False)
         await streams.open(reaper, container_id=container_id, namespace=namespace)

@@ -52,6 +52,7 @@ async def test_a_shim_is_asked_for_with_all_that_it_needs(
         "default_runtime": "crun",
         "request_id": "0123456789abcdef",
         "log_level": "info",
+        "adopt": False,
     }
 
 

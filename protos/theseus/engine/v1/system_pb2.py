@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/engine/v1/system.proto\x12\x11theseus.engine.v1\"\x10\n\x0eVersionRequest\"V\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06python\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x12\n\ncontainerd\x18\x04 \x01(\t\"\r\n\x0bInfoRequest\"\xf8\x02\n\x0cInfoResponse\x12\x12\n\ncontainers\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x30\n\x08runtimes\x18\x04 \x03(\x0b\x32\x1e.theseus.engine.v1.RuntimeInfo\x12\x17\n\x0f\x64\x65\x66\x61ult_runtime\x18\x05 \x01(\t\x12\x15\n\rcgroup_layout\x18\x06 \x01(\t\x12\x0c\n\x04root\x18\x07 \x01(\t\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06kernel\x18\t \x01(\t\x12\x18\n\x10operating_system\x18\n \x01(\t\x12\x0c\n\x04\x63pus\x18\x0b \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\x12\x18\n\x10\x63ontainerd_ready\x18\r \x01(\x08\x12\x0e\n\x06\x62ridge\x18\x0e \x01(\t\x12\x15\n\rbridge_subnet\x18\x0f \x01(\t\x12\x10\n\x08warnings\x18\x10 \x03(\t\x12\x13\n\x0bsnapshotter\x18\x11 \x01(\t\"Z\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06usable\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x96\x01\n\x13\x43reateVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x42\n\x06labels\x18\x02 \x03(\x0b\x32\x32.theseus.engine.v1.CreateVolumeRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\x14\x43reateVolumeResponse\x12)\n\x06volume\x18\x01 \x01(\x0b\x32\x19.theseus.engine.v1.Volume\"\x90\x01\n\x06Volume\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmountpoint\x18\x02 \x01(\t\x12\x35\n\x06labels\x18\x03 \x03(\x0b\x32%.theseus.engine.v1.Volume.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListVolumesRequest\"A\n\x13ListVolumesResponse\x12*\n\x07volumes\x18\x01 \x03(\x0b\x32\x19.theseus.engine.v1.Volume\"#\n\x13RemoveVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14RemoveVolumeResponse2\xa3\x01\n\x06System\x12P\n\x07Version\x12!.theseus.engine.v1.VersionRequest\x1a\".theseus.engine.v1.VersionResponse\x12G\n\x04Info\x12\x1e.theseus.engine.v1.InfoRequest\x1a\x1f.theseus.engine.v1.InfoResponse2\x96\x02\n\x07Volumes\x12Y\n\x06\x43reate\x12&.theseus.engine.v1.CreateVolumeRequest\x1a\'.theseus.engine.v1.CreateVolumeResponse\x12U\n\x04List\x12%.theseus.engine.v1.ListVolumesRequest\x1a&.theseus.engine.v1.ListVolumesResponse\x12Y\n\x06Remove\x12&.theseus.engine.v1.RemoveVolumeRequest\x1a\'.theseus.engine.v1.RemoveVolumeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/engine/v1/system.proto\x12\x11theseus.engine.v1\"\x10\n\x0eVersionRequest\"V\n\x0fVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06python\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x12\n\ncontainerd\x18\x04 \x01(\t\"\r\n\x0bInfoRequest\"\xf8\x02\n\x0cInfoResponse\x12\x12\n\ncontainers\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x30\n\x08runtimes\x18\x04 \x03(\x0b\x32\x1e.theseus.engine.v1.RuntimeInfo\x12\x17\n\x0f\x64\x65\x66\x61ult_runtime\x18\x05 \x01(\t\x12\x15\n\rcgroup_layout\x18\x06 \x01(\t\x12\x0c\n\x04root\x18\x07 \x01(\t\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06kernel\x18\t \x01(\t\x12\x18\n\x10operating_system\x18\n \x01(\t\x12\x0c\n\x04\x63pus\x18\x0b \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\x12\x18\n\x10\x63ontainerd_ready\x18\r \x01(\x08\x12\x0e\n\x06\x62ridge\x18\x0e \x01(\t\x12\x15\n\rbridge_subnet\x18\x0f \x01(\t\x12\x10\n\x08warnings\x18\x10 \x03(\t\x12\x13\n\x0bsnapshotter\x18\x11 \x01(\t\")\n\x13UpgradeShimsRequest\x12\x12\n\ncontainers\x18\x01 \x03(\t\"\x87\x01\n\x14UpgradeShimsResponse\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0eversion_before\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x13\n\x0b\x64owntime_us\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"Z\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06usable\x18\x04 \x01(\x08\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x96\x01\n\x13\x43reateVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x42\n\x06labels\x18\x02 \x03(\x0b\x32\x32.theseus.engine.v1.CreateVolumeRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\x14\x43reateVolumeResponse\x12)\n\x06volume\x18\x01 \x01(\x0b\x32\x19.theseus.engine.v1.Volume\"\x90\x01\n\x06Volume\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmountpoint\x18\x02 \x01(\t\x12\x35\n\x06labels\x18\x03 \x03(\x0b\x32%.theseus.engine.v1.Volume.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListVolumesRequest\"A\n\x13ListVolumesResponse\x12*\n\x07volumes\x18\x01 \x03(\x0b\x32\x19.theseus.engine.v1.Volume\"#\n\x13RemoveVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14RemoveVolumeResponse2\x86\x02\n\x06System\x12P\n\x07Version\x12!.theseus.engine.v1.VersionRequest\x1a\".theseus.engine.v1.VersionResponse\x12G\n\x04Info\x12\x1e.theseus.engine.v1.InfoRequest\x1a\x1f.theseus.engine.v1.InfoResponse\x12\x61\n\x0cUpgradeShims\x12&.theseus.engine.v1.UpgradeShimsRequest\x1a\'.theseus.engine.v1.UpgradeShimsResponse0\x01\x32\x96\x02\n\x07Volumes\x12Y\n\x06\x43reate\x12&.theseus.engine.v1.CreateVolumeRequest\x1a\'.theseus.engine.v1.CreateVolumeResponse\x12U\n\x04List\x12%.theseus.engine.v1.ListVolumesRequest\x1a&.theseus.engine.v1.ListVolumesResponse\x12Y\n\x06Remove\x12&.theseus.engine.v1.RemoveVolumeRequest\x1a\'.theseus.engine.v1.RemoveVolumeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,28 +43,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_end=179
   _globals['_INFORESPONSE']._serialized_start=182
   _globals['_INFORESPONSE']._serialized_end=558
-  _globals['_RUNTIMEINFO']._serialized_start=560
-  _globals['_RUNTIMEINFO']._serialized_end=650
-  _globals['_CREATEVOLUMEREQUEST']._serialized_start=653
-  _globals['_CREATEVOLUMEREQUEST']._serialized_end=803
-  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_start=758
-  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_end=803
-  _globals['_CREATEVOLUMERESPONSE']._serialized_start=805
-  _globals['_CREATEVOLUMERESPONSE']._serialized_end=870
-  _globals['_VOLUME']._serialized_start=873
-  _globals['_VOLUME']._serialized_end=1017
-  _globals['_VOLUME_LABELSENTRY']._serialized_start=758
-  _globals['_VOLUME_LABELSENTRY']._serialized_end=803
-  _globals['_LISTVOLUMESREQUEST']._serialized_start=1019
-  _globals['_LISTVOLUMESREQUEST']._serialized_end=1039
-  _globals['_LISTVOLUMESRESPONSE']._serialized_start=1041
-  _globals['_LISTVOLUMESRESPONSE']._serialized_end=1106
-  _globals['_REMOVEVOLUMEREQUEST']._serialized_start=1108
-  _globals['_REMOVEVOLUMEREQUEST']._serialized_end=1143
-  _globals['_REMOVEVOLUMERESPONSE']._serialized_start=1145
-  _globals['_REMOVEVOLUMERESPONSE']._serialized_end=1167
-  _globals['_SYSTEM']._serialized_start=1170
-  _globals['_SYSTEM']._serialized_end=1333
-  _globals['_VOLUMES']._serialized_start=1336
-  _globals['_VOLUMES']._serialized_end=1614
+  _globals['_UPGRADESHIMSREQUEST']._serialized_start=560
+  _globals['_UPGRADESHIMSREQUEST']._serialized_end=601
+  _globals['_UPGRADESHIMSRESPONSE']._serialized_start=604
+  _globals['_UPGRADESHIMSRESPONSE']._serialized_end=739
+  _globals['_RUNTIMEINFO']._serialized_start=741
+  _globals['_RUNTIMEINFO']._serialized_end=831
+  _globals['_CREATEVOLUMEREQUEST']._serialized_start=834
+  _globals['_CREATEVOLUMEREQUEST']._serialized_end=984
+  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_start=939
+  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_end=984
+  _globals['_CREATEVOLUMERESPONSE']._serialized_start=986
+  _globals['_CREATEVOLUMERESPONSE']._serialized_end=1051
+  _globals['_VOLUME']._serialized_start=1054
+  _globals['_VOLUME']._serialized_end=1198
+  _globals['_VOLUME_LABELSENTRY']._serialized_start=939
+  _globals['_VOLUME_LABELSENTRY']._serialized_end=984
+  _globals['_LISTVOLUMESREQUEST']._serialized_start=1200
+  _globals['_LISTVOLUMESREQUEST']._serialized_end=1220
+  _globals['_LISTVOLUMESRESPONSE']._serialized_start=1222
+  _globals['_LISTVOLUMESRESPONSE']._serialized_end=1287
+  _globals['_REMOVEVOLUMEREQUEST']._serialized_start=1289
+  _globals['_REMOVEVOLUMEREQUEST']._serialized_end=1324
+  _globals['_REMOVEVOLUMERESPONSE']._serialized_start=1326
+  _globals['_REMOVEVOLUMERESPONSE']._serialized_end=1348
+  _globals['_SYSTEM']._serialized_start=1351
+  _globals['_SYSTEM']._serialized_end=1613
+  _globals['_VOLUMES']._serialized_start=1616
+  _globals['_VOLUMES']._serialized_end=1894
 # @@protoc_insertion_point(module_scope)

@@ -152,6 +152,65 @@ class InfoResponse(_message.Message):
 Global___InfoResponse: _TypeAlias = InfoResponse  # noqa: Y015
 
 @_typing.final
+class UpgradeShimsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def containers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids, beginnings of ids, or names; empty: all containers that have a shim."""
+
+    def __init__(
+        self,
+        *,
+        containers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["containers", b"containers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeShimsRequest: _TypeAlias = UpgradeShimsRequest  # noqa: Y015
+
+@_typing.final
+class UpgradeShimsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_BEFORE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DOWNTIME_US_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    container_id: _builtins.str
+    name: _builtins.str
+    version_before: _builtins.str
+    """Versions before and now; empty where the shim did not answer."""
+    version: _builtins.str
+    downtime_us: _builtins.int
+    """Time for which no output was read."""
+    error: _builtins.str
+    """Why it was not upgraded; empty when it was."""
+    def __init__(
+        self,
+        *,
+        container_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version_before: _builtins.str = ...,
+        version: _builtins.str = ...,
+        downtime_us: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "downtime_us", b"downtime_us", "error", b"error", "name", b"name", "version", b"version", "version_before", b"version_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeShimsResponse: _TypeAlias = UpgradeShimsResponse  # noqa: Y015
+
+@_typing.final
 class RuntimeInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class SystemStub:
                 request_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoRequest.SerializeToString,
                 response_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoResponse.FromString,
                 _registered_method=True)
+        self.UpgradeShims = channel.unary_stream(
+                '/theseus.engine.v1.System/UpgradeShims',
+                request_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsRequest.SerializeToString,
+                response_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServicer:
@@ -65,6 +70,15 @@ class SystemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpgradeShims(self, request, context):
+        """Has the shims of containers execute the version of their program that is installed now; the
+        containers go on. One response for each as it is done.
+        Errors: NOT_FOUND (a container of the list does not exist or does not run; nothing was done).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +91,11 @@ def add_SystemServicer_to_server(servicer, server):
                     servicer.Info,
                     request_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoRequest.FromString,
                     response_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoResponse.SerializeToString,
+            ),
+            'UpgradeShims': grpc.unary_stream_rpc_method_handler(
+                    servicer.UpgradeShims,
+                    request_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsRequest.FromString,
+                    response_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +153,33 @@ class System:
             '/theseus.engine.v1.System/Info',
             protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoRequest.SerializeToString,
             protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.InfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpgradeShims(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/theseus.engine.v1.System/UpgradeShims',
+            protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsRequest.SerializeToString,
+            protos_dot_theseus_dot_engine_dot_v1_dot_system__pb2.UpgradeShimsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,11 @@ class SystemStub:
     """Versions of the daemon, of containerd below it and of the runtimes."""
     Info: _aio.UnaryUnaryMultiCallable[_system_pb2.InfoRequest, _system_pb2.InfoResponse]
     """State of the engine and of the machine under it."""
+    UpgradeShims: _aio.UnaryStreamMultiCallable[_system_pb2.UpgradeShimsRequest, _system_pb2.UpgradeShimsResponse]
+    """Has the shims of containers execute the version of their program that is installed now; the
+    containers go on. One response for each as it is done.
+    Errors: NOT_FOUND (a container of the list does not exist or does not run; nothing was done).
+    """
 
 class SystemServicer(metaclass=_abc_1.ABCMeta):
     """The engine itself."""
@@ -39,6 +44,17 @@ class SystemServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_system_pb2.InfoRequest, _abc.Awaitable[_system_pb2.InfoResponse]],
     ) -> _abc.Awaitable[_system_pb2.InfoResponse]:
         """State of the engine and of the machine under it."""
+
+    @_abc_1.abstractmethod
+    def UpgradeShims(
+        self,
+        request: _system_pb2.UpgradeShimsRequest,
+        context: _aio.ServicerContext[_system_pb2.UpgradeShimsRequest, _abc.AsyncIterator[_system_pb2.UpgradeShimsResponse]],
+    ) -> _abc.AsyncIterator[_system_pb2.UpgradeShimsResponse]:
+        """Has the shims of containers execute the version of their program that is installed now; the
+        containers go on. One response for each as it is done.
+        Errors: NOT_FOUND (a container of the list does not exist or does not run; nothing was done).
+        """
 
 def add_SystemServicer_to_server(servicer: SystemServicer, server: _aio.Server) -> None: ...
 
