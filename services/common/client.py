@@ -16,11 +16,20 @@ NAMESPACE_KEY = "containerd-namespace"
 """gRPC metadata key of containerd's namespace, as upstream has it."""
 
 MESSAGE_LIMIT_BYTES = 64 << 20
-# Done twice these make two of a thing, or run it again: their callers look before they ask again.
+# Not repeated behind the caller's back. Done twice, the first four make two of a thing, or run it
+# again: their callers look before they ask again. The others try long enough by themselves, and
+# their UNAVAILABLE speaks of a registry.
 _ONCE = [
-    {"service": f"theseus.engine.v1.{service}", "method": method}
-    for service in ("Containers", "Execs")
-    for method in ("Create", "Start")
+    {"service": service, "method": method}
+    for service, method in (
+        ("theseus.engine.v1.Containers", "Create"),
+        ("theseus.engine.v1.Containers", "Start"),
+        ("theseus.engine.v1.Execs", "Create"),
+        ("theseus.engine.v1.Execs", "Start"),
+        ("theseus.engine.v1.Images", "Pull"),
+        ("theseus.engine.v1.Images", "Load"),
+        ("containerd.services.transfer.v1.Transfer", "Transfer"),
+    )
 ]
 _SERVICE_CONFIG = json.dumps(
     {

@@ -196,7 +196,9 @@ class App:
         )
         cleaner = Cleaner(below, self._sessions)
         remover = Remover(below, cleaner)
-        self._caretaker = Caretaker(below, cleaner, remover, self._background)
+        self._caretaker = Caretaker(
+            below, cleaner, remover, self._background, grace_s=config.return_grace_s
+        )
         reconciler = Reconciler(
             below, cleaner=cleaner, caretaker=self._caretaker, background=self._background
         )
@@ -245,6 +247,7 @@ class App:
                 cleaner=cleaner,
                 reconciler=reconciler,
                 caretaker=self._caretaker,
+                sessions=self._sessions,
             ),
             stopper=Stopper(below),
             remover=remover,
@@ -276,6 +279,7 @@ class App:
             metrics=ServerMetrics(self._registry),
         )
         await server.start()
+        self._caretaker.serving()
         stack.push_async_callback(server.stop, DRAIN_S)
         stack.callback(self._draining.drain)
         if config.metrics_address:

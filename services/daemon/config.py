@@ -36,6 +36,8 @@ class Config:
         runtimes: name -> path of the OCI runtime's program.
         snapshotter: containerd's snapshotter for images and containers.
         log_level: one of services.common.log.LEVELS.
+        return_grace_s: after a start, how long clients that were attached to containers which have
+            ended meanwhile have to come back for the rest of the output.
         lock_timeout_s: how long to wait for another daemon to leave the root.
     """
 
@@ -51,6 +53,7 @@ class Config:
     runtimes: Mapping[str, str]
     snapshotter: str = "overlayfs"
     log_level: str = "info"
+    return_grace_s: float = 5.0
     lock_timeout_s: float = 30.0
 
 

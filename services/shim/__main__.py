@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--id", required=True)
     for name in ("bundle", "socket", "registry"):
         serve.add_argument(f"--{name}", required=True, type=lambda text: str(Path(text).absolute()))
-    serve.add_argument("--instance-id", default=secrets.token_hex(16))
+    serve.add_argument("--instance-id", default=os.urandom(16).hex())
     serve.add_argument("--default-runtime", default="runc")
     serve.add_argument("--log-level", default="info")
     serve.add_argument("--runtime-timeout-s", type=float, default=60.0)
@@ -115,9 +115,9 @@ def _keeper(arguments: argparse.Namespace) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    from services.shim.runtimes.probe import KNOWN_RUNTIMES, probe
+    from services.shim.runtimes.probe import probe
 
-    results = probe(arguments.runtime or KNOWN_RUNTIMES)
+    results = probe(arguments.runtime or ())
     sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 

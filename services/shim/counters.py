@@ -66,6 +66,6 @@ def head(name: str, kind: str, words: str) -> str:
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
-    """One line of the page. Values of labels are words of ours, which need no escapes."""
-    inside = ",".join(f'{key}="{text}"' for key, text in labels)
+    """One line of the page, labels in order. Their values are words of ours: no escapes."""
+    inside = ",".join(f'{key}="{text}"' for key, text in sorted(labels))
     return f"{name}{{{inside}}} {float(value)!r}\n" if inside else f"{name} {float(value)!r}\n"

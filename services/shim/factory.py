@@ -74,6 +74,8 @@ class Factory:
         signal.signal(signal.SIGTERM, _exit_quietly)
         signal.signal(signal.SIGINT, _exit_quietly)
         self._home.enter()
+        if self._home.skipped:
+            log.debug("cgroups cannot be entered", cgroups=self._home.skipped)
         try:
             self._listen()
             log.info("factory serves", socket=str(self._path), version=VERSION)

@@ -41,6 +41,8 @@ FDS_MAX = 100
 """Most descriptors in one packet; the kernel's limit is 253."""
 
 _BACKLOG = 4096
+_FIRST_S = 10.0
+"""Time for who started it to connect."""
 _IDLE_S = 0.3
 _LOOK_S = 30.0
 _SEND_LIMIT_S = 5.0
@@ -134,7 +136,7 @@ class Keeper:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _serve(self) -> None:
-        idle_since = time.monotonic()
+        idle_since = time.monotonic() + _FIRST_S
         while not self._ending:
             events = self._selector.select(_IDLE_S if not self._connections else _LOOK_S)
             for key, _ in events:

@@ -31,8 +31,12 @@ class Measures(Protocol):
         """Time to start an exec process."""
         ...
 
-    def read(self, stream: str, data: bytes) -> None:
-        """Count output that was read."""
+    def read(self, stream: str, count: int) -> None:
+        """Count bytes of output that were read."""
+        ...
+
+    def newlines(self, stream: str, count: int) -> None:
+        """Count newlines in the output that was read."""
         ...
 
     def dropped(self, stream: str, count: int) -> None:
@@ -49,7 +53,10 @@ class Unmeasured:
     def observe(self, amount: float, /) -> None:
         """Forget it."""
 
-    def read(self, stream: str, data: bytes) -> None:
+    def read(self, stream: str, count: int) -> None:
+        """Forget it."""
+
+    def newlines(self, stream: str, count: int) -> None:
         """Forget it."""
 
     def dropped(self, stream: str, count: int) -> None:

@@ -74,10 +74,13 @@ class ShimMetrics:
         self._lines = {stream: Counter() for stream in _STREAMS}
         self._dropped = {stream: Counter() for stream in _STREAMS}
 
-    def read(self, stream: str, data: bytes) -> None:
-        """Count output that was read."""
-        self._bytes[stream].inc(len(data))
-        self._lines[stream].inc(data.count(b"\n"))
+    def read(self, stream: str, count: int) -> None:
+        """Count bytes of output that were read."""
+        self._bytes[stream].inc(count)
+
+    def newlines(self, stream: str, count: int) -> None:
+        """Count newlines in the output that was read."""
+        self._lines[stream].inc(count)
 
     def dropped(self, stream: str, count: int) -> None:
         """Count output that is lost."""

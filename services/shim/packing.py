@@ -66,9 +66,9 @@ def trace_rehearsal() -> dict[int, CodeType]:
     # Imported late: it imports all of the shim.
     from services.shim.rehearsal import rehearse
 
-    rehearse(rounds=1)
+    rehearse()
     with CodeTracer() as tracer:
-        rehearse(rounds=1)
+        rehearse()
     return tracer.codes
 
 

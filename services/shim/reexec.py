@@ -37,7 +37,7 @@ from services.shim import handover
 from services.shim.runtimes import invocation
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from services.shim.reaper import Reaper
     from services.shim.rpc.gate import Gate
@@ -45,9 +45,14 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
-OWN_PROGRAM = (sys.executable, "-m", "services.shim")
-"""How to run the code that runs now, with ROOT in front of the module search path."""
+_MODULE = (sys.executable, "-m", "services.shim")
+OWN_PROGRAM = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r}); "
+    "from services.shim.__main__ import main; main()",
+)
+"""How to run the code that runs now, wherever it lies and from whatever directory."""
 
 _CHECK_LIMIT_S = 20.0
 _QUIET_LIMIT_S = 60.0
@@ -115,6 +120,8 @@ class Reexecution:
                     field="generation",
                 )
             program = tuple(program) or OWN_PROGRAM
+            if program == _MODULE:  # out of a source tree, where no directory is "installed"
+                program = OWN_PROGRAM
             await self._check(program)
             try:
                 await self._quieten()
@@ -130,7 +137,6 @@ class Reexecution:
             [*program, "reexec", "--check"],
             stdio=None,
             timeout_s=_CHECK_LIMIT_S,
-            environment=_environment(invocation.ENVIRONMENT, _search_path(program)),
         )
         try:
             if not outcome.succeeded:
@@ -164,7 +170,6 @@ class Reexecution:
             **self._pack(out),
             "fds": out.fds,
             "program": OWN_PROGRAM,
-            "search_path": str(ROOT),
             "version": VERSION,
             "generation": self.attempt.generation + 1,
             "paused_at_ns": time.monotonic_ns(),
@@ -172,7 +177,7 @@ class Reexecution:
         log.info("shim executes its successor", program=program, fds=len(out.fds))
         state = handover.write(document)
         try:
-            execute(program, state, out.fds, search_path=_search_path(program))
+            execute(program, state, out.fds)
         except OSError as error:
             os.close(state)
             raise FailedPrecondition(
@@ -181,12 +186,7 @@ class Reexecution:
 
 
 def execute(
-    program: Sequence[str],
-    state: int,
-    fds: Sequence[int],
-    *,
-    search_path: str,
-    failure: str = "",
+    program: Sequence[str], state: int, fds: Sequence[int], *, failure: str = ""
 ) -> NoReturn:
     """Replace this process' image; its descriptors in ``fds`` and ``state`` stay open.
 
@@ -194,7 +194,6 @@ def execute(
         program: absolute path, and arguments before the subcommand.
         state: the memfd.
         fds: what it names.
-        search_path: goes in front of Python's module search path; empty for none.
         failure: why a newer version is rolled back by this.
 
     Raises:
@@ -205,7 +204,7 @@ def execute(
         arguments += ["--failure", failure]
     handover.keep_over_exec(fds, keep=True)
     try:
-        os.execve(program[0], arguments, _environment(os.environ, search_path))
+        os.execv(program[0], arguments)
     finally:
         handover.keep_over_exec(fds, keep=False)
 
@@ -276,14 +275,7 @@ class Successor:
             failure = f"version {VERSION} did not come up and was rolled back: {reason}"
             log.error("shim is rolled back", reason=reason)
             # If even that fails, the process ends, and containerd has a successor for it.
-            document = self.document
-            execute(
-                document["program"],
-                self._state,
-                document["fds"],
-                search_path=document["search_path"],
-                failure=failure,
-            )
+            execute(self.document["program"], self._state, self.document["fds"], failure=failure)
 
     def _late(self) -> None:
         self.roll_back(f"it did not serve within {self._limit_s:g} s")
@@ -303,17 +295,3 @@ def take_over(state: int, failure: str, run: Callable[[Successor], Awaitable[Non
 
 async def _await(work: Awaitable[None]) -> None:
     await work
-
-
-def _search_path(program: Sequence[str]) -> str:
-    return str(ROOT) if tuple(program) == OWN_PROGRAM else ""
-
-
-def _environment(environment: Mapping[str, str], search_path: str) -> dict[str, str]:
-    """``environment`` with ``search_path`` in front of Python's, and without this version's."""
-    found = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-    paths = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
-    paths = [path for path in paths if path != str(ROOT)]
-    if search_path:
-        paths.insert(0, search_path)
-    return {**found, "PYTHONPATH": ":".join(paths)} if paths else found

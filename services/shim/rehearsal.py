@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-# Python 3.11 specialises a function with its ninth call.
-ROUNDS = 9
 _LIMIT_S = 5.0
 _ID = "rehearsal"
 _RUNTIME = """#!/bin/sh
@@ -51,7 +49,7 @@ _SPEC = '{"ociVersion":"1.0.2","process":{"args":["x"]},"linux":{"namespaces":[{
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def rehearse(rounds: int = ROUNDS) -> None:
+def rehearse() -> None:
     """Play; blocks for a moment. No thread, no child, no file and no signal handler is left.
 
     Raises:
@@ -69,11 +67,10 @@ def rehearse(rounds: int = ROUNDS) -> None:
         runtime.write_text(_RUNTIME)
         runtime.chmod(0o700)
         try:
-            for number in range(rounds):
-                bundle = directory / str(number)
-                bundle.mkdir()
-                (bundle / "config.json").write_text(_SPEC)
-                asyncio.run(_play(bundle, runtime))
+            bundle = directory / "bundle"
+            bundle.mkdir()
+            (bundle / "config.json").write_text(_SPEC)
+            asyncio.run(_play(bundle, runtime))
         finally:
             logs.Logger.least = least
             linux.set_child_subreaper_off()

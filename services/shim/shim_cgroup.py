@@ -11,10 +11,6 @@ import contextlib
 import time
 from pathlib import Path
 
-import structlog
-
-log = structlog.get_logger(__name__)
-
 ROOT = Path("/sys/fs/cgroup")
 PATH = "theseus/shims"
 _LEAVE_ATTEMPTS = 20
@@ -23,12 +19,18 @@ _CPUSET_FILES = ("cpuset.cpus", "cpuset.mems")
 
 
 class Home:
-    """The cgroups that this process came from, and the way there and back."""
+    """The cgroups that this process came from, and the way there and back.
+
+    Attributes:
+        skipped: cgroups that could not be entered, with the reason. Not logged here: the keeper has
+            no logger.
+    """
 
     def __init__(self, root: Path = ROOT, proc: Path = Path("/proc/self/cgroup")) -> None:
         self._root = root
         self._proc = proc
         self._left: list[tuple[Path, Path]] = []
+        self.skipped: dict[str, str] = {}
 
     def enter(self) -> None:
         """Move this process into the shims' cgroup wherever that can be done."""
@@ -43,7 +45,7 @@ class Home:
                 _make(shims)
                 (shims / "cgroup.procs").write_text("0")
             except OSError as error:
-                log.debug("cgroup cannot be entered", cgroup=str(shims), error=error.strerror)
+                self.skipped[str(shims)] = error.strerror or ""
                 continue
             self._left.append((origin, shims))
 

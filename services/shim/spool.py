@@ -125,6 +125,10 @@ class Spool:
             self._files.discard(name)
         self._changed.set()
 
+    def leave_directory(self) -> None:
+        """Touch the directory no more: it may be another spool's by now (see ``keep``)."""
+        self._files.clear()
+
     async def next(self, after: int) -> SpooledEvent:
         """The event behind ``after``, once there is one that may go out."""
         while self._offered_seq() <= after:

@@ -17,7 +17,7 @@ from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArg
 from services.common.mounts import Mount
 from services.shim.bundle import Bundle
 from services.shim.container import Container, Surroundings
-from services.shim.runtimes.runc import RuncRuntime
+from services.shim.runtimes.catalogue import make_runtime
 from services.shim.runtimes.runtime import RuntimeOptions
 from services.shim.stdio.uris import Stdio
 
@@ -260,7 +260,7 @@ class Tasks:
         return Container(
             container_id,
             bundle=bundle,
-            runtime=RuncRuntime(
+            runtime=make_runtime(
                 container_id,
                 options,
                 log_file=bundle.runtime_log,

@@ -71,6 +71,30 @@ async def test_who_attaches_before_the_start_misses_nothing(made):
     assert client.output == b"first last"
 
 
+async def test_the_start_waits_until_who_attached_is_coupled(made):
+    identity = await made.create("one", **QUIET)
+    client = Client(made.containers.Attach, container="one")
+    await client.begin()
+    gate = made.node.gate_streams()
+    starting = asyncio.create_task(made.begin("one"))
+    await made.until(lambda: gate.waiting)
+    assert made.node.calls.count("Tasks.Start") == 0
+    gate.open.set()
+    await starting
+    made.node.world.end(identity, 0)
+    await client.rest()
+
+
+async def test_a_client_that_cannot_be_coupled_does_not_hold_up_the_start(made):
+    await made.create("one", **QUIET)
+    client = Client(made.containers.Attach, container="one")
+    await client.begin()
+    gate = made.node.gate_streams()
+    await made.begin("one")
+    assert gate.waiting
+    client.call.cancel()
+
+
 async def test_output_goes_on_where_it_was_after_containerd_returns(made):
     identity = await made.run("one", **QUIET)
     client = Client(made.containers.Attach, container="one")

@@ -43,6 +43,7 @@ def config(directory):
         bridge_subnet="10.77.0.1/16",
         default_runtime="runc",
         runtimes={"runc": str(program), "absent": "/nonexistent/runtime"},
+        return_grace_s=0.5,
         lock_timeout_s=10,
     )
 

@@ -60,6 +60,8 @@ class FakeFactory:
             instance_id=request.instance_id,
         )
         shim.registering = self.registering
+        if request.adopt:
+            shim.succeed(self.shims[request.id])
         for name, value in self.prepare:
             setattr(shim, name, value)
         self.shims[request.id] = shim

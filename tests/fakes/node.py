@@ -172,6 +172,14 @@ class World:
         return digest
 
 
+class Gate:
+    """Where attaching clients wait."""
+
+    def __init__(self):
+        self.open = asyncio.Event()
+        self.waiting = 0
+
+
 class FakeNode:
     """The server. One at a time on a socket."""
 
@@ -183,7 +191,7 @@ class FakeNode:
         self._lost = set()
         self._blocked = {}
         self._server = None
-        self.streams_broken = asyncio.Event()
+        self.gate = None
         self.stream_channels = {}
         self.reached = {}
 
@@ -195,7 +203,6 @@ class FakeNode:
         await self.stop()
 
     async def start(self):
-        self.streams_broken = asyncio.Event()
         self._server = grpc.aio.server(interceptors=[_Faults(self)])
         add = self._server
         version_pb2_grpc.add_VersionServicer_to_server(_Version(), add)
@@ -215,7 +222,6 @@ class FakeNode:
     async def stop(self):
         """Go away, as after a SIGKILL: every call under way ends."""
         if self._server is not None:
-            self.streams_broken.set()
             await self._server.stop(None)
             self._server = None
             self.socket.unlink(missing_ok=True)
@@ -234,6 +240,11 @@ class FakeNode:
         """Calls of a method wait for the event; `await node.called(method)` says one has come."""
         event = self._blocked[method] = asyncio.Event()
         return event
+
+    def gate_streams(self):
+        """Attaching waits until the gate returned is open."""
+        self.gate = Gate()
+        return self.gate
 
     async def called(self, method, times=1):
         """Wait until a method was called so often."""
@@ -526,6 +537,9 @@ class _Streams(streams_pb2_grpc.StreamsServicer):
     async def Attach(self, requests, context):
         first = await anext(requests)
         start = first.start
+        if (gate := self._node.gate) is not None:
+            gate.waiting += 1
+            await gate.open.wait()
         task = self._node.world.tasks.get(start.container_id)
         if task is None or start.exec_id not in task:
             await _not_found(context, f"process {start.exec_id} of {start.container_id}")

@@ -118,6 +118,10 @@ class FakeShim(
         self.detached = asyncio.Event()
         self.protocol = (1, 1)
         self.on_create: Any = None
+        self.generation = 0
+        self.refusal = ""
+        self.programs: list[list[str]] = []
+        self._reexecuting: asyncio.Task[None] | None = None
         self._stand_in: asyncio.subprocess.Process | None = None
         self._start_time = 0
         self._server: grpc.aio.Server | None = None
@@ -186,6 +190,30 @@ class FakeShim(
             if self.alive:
                 self._stand_in.kill()
             await self._stand_in.wait()
+
+    def succeed(self, dead: FakeShim) -> None:
+        """Take over from a shim that died; before ``start``."""
+        self.processes = dead.processes
+        self.last_seq, self.acked = dead.last_seq, dead.acked
+
+    async def Info(self, request: Any, context: Any) -> control_pb2.InfoResponse:
+        await self._enter("Info", context)
+        return control_pb2.InfoResponse(
+            pid=self.pid, version=f"v{self.generation}", generation=self.generation
+        )
+
+    async def Reexec(self, request: Any, context: Any) -> control_pb2.ReexecResponse:
+        await self._enter("Reexec", context)
+        if self.refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
+        if request.generation == self.generation:
+            return control_pb2.ReexecResponse(
+                version=f"v{self.generation}", generation=self.generation, downtime_us=1500
+            )
+        self.programs.append(list(request.program))
+        self.generation = request.generation
+        self._reexecuting = asyncio.create_task(self.reexec())
+        await asyncio.Event().wait()  # the connection breaks first
 
     async def reexec(self) -> None:
         """What a re-execution looks like: same process, every connection cut, then back."""

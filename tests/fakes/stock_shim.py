@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from google.protobuf import any_pb2, empty_pb2
 
@@ -18,11 +19,13 @@ from protos.containerd.events import task_pb2
 from protos.containerd.services.ttrpc.events.v1 import events_pb2
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
-from services.common.errors import Unavailable
 from services.shim.ttrpc.client import TtrpcClient
 from services.shim.ttrpc.events import SERVICE
 from services.shim.ttrpc.server import Method, TtrpcServer
 from tests.fakes.shim_harness import descendants
+
+if TYPE_CHECKING:
+    from services.common.errors import TheseusError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", "services.shim.ttrpc")
@@ -72,11 +75,14 @@ def parent_of(pid: int) -> int:
 
 
 class Events:
-    """containerd's event service: keeps what it is sent; can be told to refuse."""
+    """containerd's event service: keeps what it is sent.
+
+    ``refusals`` are errors for the next calls, in their order.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.refusals = 0
+        self.refusals: list[TheseusError] = []
         self.envelopes: asyncio.Queue[object] = asyncio.Queue()
         self._server: TtrpcServer | None = None
 
@@ -111,8 +117,7 @@ class Events:
 
     async def _forward(self, request):
         if self.refusals:
-            self.refusals -= 1
-            raise Unavailable("not now")
+            raise self.refusals.pop(0)
         await self.envelopes.put(request.envelope)
         return empty_pb2.Empty()
 

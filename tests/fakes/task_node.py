@@ -60,6 +60,7 @@ class TaskNode:
         self.metrics: TaskMetrics
         self._stack = AsyncExitStack()
         self._known: set[str] = set()
+        self.replacing = False
 
     async def start(self, *, serve: bool = True) -> None:
         stack = self._stack = AsyncExitStack()
@@ -77,6 +78,7 @@ class TaskNode:
                 metrics=self.metrics,
                 identity=Identity(secrets.token_hex(8), epoch),
                 grace_s=self.grace_s,
+                launcher=self.factory if self.replacing else None,
             )
         )
         self.tasks = TaskManager(

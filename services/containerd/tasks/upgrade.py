@@ -103,8 +103,11 @@ class ShimUpgrades:
             return Upgraded(known.id, before, done.version, done.generation, done.downtime_us)
 
     async def _reexecute(self, known: KnownShim, generation: int) -> Reexecuted:
+        process = known.process
         while True:
             shim = await known.ready()
+            if known.process != process:  # it died over it, and its successor counts anew
+                process, generation = known.process, (await shim.info()).generation + 1
             try:
                 return await shim.reexec(self._program, generation)
             except (Unavailable, DeadlineExceeded) as error:

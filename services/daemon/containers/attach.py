@@ -2,8 +2,8 @@
 
 The client notices nothing of a restart of containerd: output goes on at the byte where it stopped,
 and input that the shim had not taken is sent again. Before a start there is nothing to attach to
-yet: the client is told that it is coupled, and the relay waits for the start. After the shim has
-gone, the rest of the output comes from the log.
+yet: the client is told that it is coupled, and the start couples it before anything runs. After the
+shim has gone, the rest of the output comes from the log.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from services.daemon.containers.observer import Observer
     from services.daemon.containers.record import ContainerRecord
     from services.daemon.containers.runtime import Streams
-    from services.daemon.containers.sessions import Sessions
+    from services.daemon.containers.sessions import Opening, Sessions
     from services.daemon.containers.store import ContainerStore
 
 log = structlog.get_logger(__name__)
 
+_BEFORE_THE_TASK = (State.CREATING, State.CREATED, State.STARTING)
 _REDIAL_LIMIT_S = 60.0
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 0.5
@@ -97,17 +98,12 @@ class Attacher:
                 resource=("container", record.id),
             )
         relay = _Relay(self._streams, _aimed(target, record.id), inputs, self._observer)
-        with self._sessions.attached(record.id):
+        with self._sessions.attached(record.id), self._sessions.expecting(record.id) as opening:
+            relay.coupled = opening.settled
             async with relay:
-                if record.state in (State.CREATING, State.CREATED, State.STARTING):
+                if record.state in _BEFORE_THE_TASK:
                     yield relay.announce(Started(0, record.config.tty, 0))
-                    started = await self._store.until(
-                        record.id,
-                        lambda now: (
-                            now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits
-                        ),
-                    )
-                    if started is None:
+                    if not await self._task_made(record, opening):
                         yield Finished(relay.offset)
                         return
                 try:
@@ -117,6 +113,8 @@ class Attacher:
                     present = self._store.get(record.id)
                     if present is None or present.live:
                         raise
+                    if present.state is State.CREATED:
+                        raise Unavailable("the start was given up: attach again") from None
                     async for output in self._rest(present, relay):
                         yield output
 
@@ -146,6 +144,23 @@ class Attacher:
                     for output in relay.end():
                         yield output
 
+    async def _task_made(self, record: ContainerRecord, opening: Opening) -> bool:
+        """Wait until there is a task to couple with, or was; False when there never will be."""
+        started = asyncio.ensure_future(
+            self._store.until(
+                record.id,
+                lambda now: now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits,
+            )
+        )
+        made = asyncio.ensure_future(opening.made.wait())
+        try:
+            await asyncio.wait((started, made), return_when=asyncio.FIRST_COMPLETED)
+            return made.done() or started.result() is not None
+        finally:
+            for task in (started, made):
+                task.cancel()
+            await asyncio.gather(started, made, return_exceptions=True)
+
     async def _rest(
         self, record: ContainerRecord, relay: _Relay
     ) -> AsyncGenerator[AttachOutput, None]:
@@ -174,6 +189,8 @@ class _Relay:
         self.target = target
         self.offset = target.offset
         self.announced = False
+        self.coupled = asyncio.Event()
+        """Set once the shim has answered for the first time."""
         self._from_end = target.from_end
         self._streams = streams
         self._observer = observer
@@ -226,6 +243,7 @@ class _Relay:
                         pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
                         if isinstance(output, Started):
                             position.set_result(output.input_offset)
+                            self.coupled.set()
                         if (passed_on := self._note(output)) is not None:
                             yield passed_on
                         if isinstance(output, Finished):

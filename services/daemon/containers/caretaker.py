@@ -30,9 +30,6 @@ log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 30.0
-RETURN_GRACE_S = 2.0
-"""After a start of the daemon: clients that were attached get this long to attach again before
-what they want to read is taken away."""
 
 
 class Caretaker:
@@ -40,10 +37,18 @@ class Caretaker:
 
     Args:
         background: owns the tasks.
+        grace_s: after a start of the daemon clients that were attached get this long to attach
+            again, before what they want to read is taken away.
     """
 
     def __init__(
-        self, below: Below, cleaner: Cleaner, remover: Remover, background: Background
+        self,
+        below: Below,
+        cleaner: Cleaner,
+        remover: Remover,
+        background: Background,
+        *,
+        grace_s: float,
     ) -> None:
         self._below = below
         self._cleaner = cleaner
@@ -52,17 +57,21 @@ class Caretaker:
         self._tending: set[ContainerId] = set()
         self._again: set[ContainerId] = set()
         self._retry = asyncio.Event()
-        self._not_before_s = 0.0
+        self._grace_s = grace_s
+        self._grace_over = asyncio.Event()
 
     async def returned(self) -> None:
-        """The daemon has just started: give clients time to come back; then tend to everyone."""
-        self._not_before_s = asyncio.get_running_loop().time() + RETURN_GRACE_S
+        """The daemon has just started, and nobody can reach it yet: tend to everyone."""
         for record in self._below.store.list_all():
             if record.state is State.CREATING:  # its name is free before anybody can ask for it
                 await self._remover.begin(record.id, volumes=True)
             present = self._below.store.get(record.id)
             if present is not None and self._needed(present):
                 self.tend(record.id)
+
+    def serving(self) -> None:
+        """Clients can reach the daemon: their time to come back begins."""
+        self._background.start(self._end_grace(), name="grace")
 
     def retry_now(self) -> None:
         """containerd is back: what failed for want of it may go through."""
@@ -89,14 +98,14 @@ class Caretaker:
             self._again.discard(container_id)
 
     async def _until_done(self, container_id: ContainerId) -> None:
-        record = self._below.store.get(container_id)
-        if record is not None and record.state is State.EXITED and record.unclean:
-            # Those who wait for the end are told once the network is free again.
-            await self._cleaner.release_network(container_id)
-            await self._grace()
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
+                record = self._below.store.get(container_id)
+                if record is not None and record.state is State.EXITED:
+                    # Those who wait for the end are told once the network is free again.
+                    await self._cleaner.release_network(container_id)
+                    await self._grace_over.wait()
                 async with self._below.locks.hold(container_id):
                     await self._once(container_id)
                 return
@@ -122,10 +131,9 @@ class Caretaker:
             record = await self._remover.begin(container_id, volumes=True)
         await self._remover.finish(record)
 
-    async def _grace(self) -> None:
-        wait_s = self._not_before_s - asyncio.get_running_loop().time()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
+    async def _end_grace(self) -> None:
+        await asyncio.sleep(self._grace_s)
+        self._grace_over.set()
 
     @staticmethod
     def _needed(record: ContainerRecord) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from services.common import linux
@@ -59,11 +59,12 @@ class Logs:
     ) -> AsyncGenerator[list[LogEntry], None]:
         """Entries in order, several at a time, each list with one at least."""
         path = self._files.log_path(container_id)
-        chosen = _Chosen(selection)
         with self._store.watching(container_id) as changed, _watching(path.parent, changed):
             cursor = LogCursor(path)
             try:
                 await asyncio.to_thread(_seek, cursor, selection)
+                selection = _bounded(selection)
+                chosen = _Chosen(selection)
                 while True:
                     changed.clear()
                     live = self._live(container_id)
@@ -113,6 +114,14 @@ def _seek(cursor: LogCursor, selection: LogSelection) -> None:
         cursor.to_start()
     else:
         cursor.to_tail(selection.tail, selection.streams)
+
+
+def _bounded(selection: LogSelection) -> LogSelection:
+    """Without following, the log ends now: a busy container would keep its reader for ever."""
+    if selection.follow:
+        return selection
+    now_ns = time.time_ns()
+    return replace(selection, until_ns=min(selection.until_ns or now_ns, now_ns))
 
 
 async def _changed(changed: asyncio.Event, until_ns: int) -> bool:

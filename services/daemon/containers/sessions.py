@@ -1,13 +1,23 @@
-"""Who is attached to which container, so that a clean-up can let them finish."""
+"""Who is attached to which container, so that a start can wait for them and a clean-up, too."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class Opening:
+    """A client that attached before there was a task; see :meth:`Sessions.expecting`."""
+
+    def __init__(self) -> None:
+        self.made = asyncio.Event()
+        """Set when there is a task to couple with, not started yet."""
+        self.settled = asyncio.Event()
+        """Set by the session when it is coupled, or gives up."""
 
 
 class Sessions:
@@ -16,6 +26,31 @@ class Sessions:
     def __init__(self) -> None:
         self._open: dict[str, int] = {}
         self._closed: dict[str, asyncio.Event] = {}
+        self._openings: dict[str, list[Opening]] = {}
+
+    @contextmanager
+    def expecting(self, key: str) -> Iterator[Opening]:
+        """Have the next start of ``key`` couple this session before anything runs."""
+        opening = Opening()
+        self._openings.setdefault(key, []).append(opening)
+        try:
+            yield opening
+        finally:
+            opening.settled.set()
+            openings = self._openings[key]
+            openings.remove(opening)
+            if not openings:
+                del self._openings[key]
+
+    async def task_made(self, key: str, *, timeout_s: float) -> None:
+        """Tell those who expect it that there is a task, and let them couple, for a while."""
+        openings = list(self._openings.get(key, ()))
+        for opening in openings:
+            opening.made.set()
+        with suppress(TimeoutError):  # a session that hangs does not keep anything from starting
+            async with asyncio.timeout(timeout_s):
+                for opening in openings:
+                    await opening.settled.wait()
 
     @contextmanager
     def attached(self, *keys: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
     recorded (starting) ─┬─ network namespace, address, ports ─┬─ files · configuration
                          └─ snapshot's mounts, user ───────────┘
-    · containerd's record · task created · task started · recorded (running)
+    · containerd's record · task created · clients coupled · task started · recorded (running)
 
 A start that fails is undone by the same clean-up that follows a run. When containerd goes away
 once the task may exist, nothing is undone: the record stays ``starting`` until containerd can be
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from services.daemon.containers.reconcile import Reconciler
     from services.daemon.containers.record import ContainerId
     from services.daemon.containers.runtime import RootMount
+    from services.daemon.containers.sessions import Sessions
     from services.daemon.networks import network
     from services.daemon.spec.host import HostFacts
     from services.daemon.spec.request import ResolvedUser
@@ -60,6 +61,7 @@ log = structlog.get_logger(__name__)
 
 COMMAND_CODES = {"COMMAND_NOT_FOUND": 127, "COMMAND_NOT_EXECUTABLE": 126}
 _OTHER_FAILURE = 128
+_COUPLING_TIMEOUT_S = 1.0
 # Failures that say nothing about the container: the same call may go through later.
 _PASSING = (Unavailable, DeadlineExceeded, Cancelled, Aborted)
 STREAM_URI = "theseus-stream:"
@@ -75,6 +77,7 @@ class Starter:
         cleaner: undoes what failed.
         reconciler: finds out about starts that were cut off.
         caretaker: looks after runs that have ended already.
+        sessions: clients that attached before the start, and are coupled before anything runs.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Starter:
         cleaner: Cleaner,
         reconciler: Reconciler,
         caretaker: Caretaker,
+        sessions: Sessions,
     ) -> None:
         self._below = below
         self._runtimes = runtimes
@@ -93,6 +97,7 @@ class Starter:
         self._cleaner = cleaner
         self._reconciler = reconciler
         self._caretaker = caretaker
+        self._sessions = sessions
 
     async def start(self, container_id: ContainerId) -> None:
         """Start a container that was created or has exited; one that runs is left alone.
@@ -122,7 +127,7 @@ class Starter:
                 await self._run(record)
 
     async def _run(self, record: ContainerRecord) -> None:
-        attempt = _Attempt(record, self._below, self._runtimes, self._host)
+        attempt = _Attempt(record, self._below, self._runtimes, self._host, self._sessions)
         try:
             pid = await attempt.run()
         except TheseusError as error:
@@ -138,7 +143,7 @@ class Starter:
             record.id, lambda present: outcome.running(present, pid=pid, started_at_ns=now_ns)
         )
         self._below.observer.started()
-        log.info("container started", container_id=record.id, pid=pid)
+        log.info("container started", container_id=record.id, init_pid=pid)
         if not started.live:
             if started.exit is not None:
                 self._below.observer.ended(started.exit)
@@ -169,8 +174,14 @@ class _Attempt:
     """One attempt to start: ``task_possible`` once containerd may have made a task."""
 
     def __init__(
-        self, record: ContainerRecord, below: Below, runtimes: OciRuntimes, host: HostFacts
+        self,
+        record: ContainerRecord,
+        below: Below,
+        runtimes: OciRuntimes,
+        host: HostFacts,
+        sessions: Sessions,
     ) -> None:
+        self._sessions = sessions
         self.task_possible = False
         self._record = record
         self._below = below
@@ -196,6 +207,7 @@ class _Attempt:
         self.task_possible = True
         await below.tasks.create(record.id, rootfs=root, stdio=self._stdio(), runtime=program)
         below.trace("start:task")
+        await self._sessions.task_made(record.id, timeout_s=_COUPLING_TIMEOUT_S)
         pid = await below.tasks.start(record.id)
         below.trace("start:started")
         return pid

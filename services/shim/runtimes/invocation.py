@@ -8,10 +8,11 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.shim.runtimes.programs import ENVIRONMENT
 from services.shim.runtimes.runtime import RuntimeMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from services.shim.reaper import Exit, Reaper
     from services.shim.runtimes.runtime import RuntimeStdio
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 OUTPUT_MAX_BYTES = 1 << 20
 _READ_BYTES = 65536
 _KILL_WAIT_S = 5.0
-
-ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    # Messages are matched, so they must not be translated.
-    "LC_ALL": "C",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,6 @@ async def run(
     *,
     stdio: RuntimeStdio | None,
     timeout_s: float,
-    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Outcome:
     """Run a program to its end.
 
@@ -71,19 +65,18 @@ async def run(
         argv: an absolute path and arguments.
         stdio: streams to give it; None: nothing to read, and its output is collected.
         timeout_s: time after which it is killed.
-        environment: all of its environment.
 
     Raises:
         RuntimeMissing: it cannot be started.
     """
     if stdio is not None:
-        child = _spawn(reaper, argv, (stdio.stdin, stdio.stdout, stdio.stderr), environment)
+        child = _spawn(reaper, argv, (stdio.stdin, stdio.stdout, stdio.stderr))
         return await _await(child, timeout_s, lambda: "")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     output, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(write_end, True)
-        child = _spawn(reaper, argv, (null, write_end, write_end), environment)
+        child = _spawn(reaper, argv, (null, write_end, write_end))
     except BaseException:
         os.close(output)
         raise
@@ -132,12 +125,11 @@ def _spawn(
     reaper: Reaper,
     argv: Sequence[str],
     streams: tuple[int, int, int],
-    environment: Mapping[str, str],
 ) -> tuple[int, asyncio.Future[Exit]]:
     stdin, stdout, stderr = streams
     try:
         return reaper.spawn(
-            argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=environment
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=ENVIRONMENT
         )
     except OSError as error:
         raise RuntimeMissing(

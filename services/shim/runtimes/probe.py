@@ -1,6 +1,7 @@
 """Which runtimes can be used here, and why others cannot: ``theseus-shim probe``.
 
-Quick and without side effects: the program is asked for its version, and what is known to stop a
+Looked at are runc, crun, what the administrator configured, and plug-ins. Quick and without side
+effects: a program is asked for its version, and what is known to stop a
 program is looked for. crun refuses every container on a host whose cgroups are hybrid (v1
 controllers, and a v2 hierarchy at ``/sys/fs/cgroup/unified``) as soon as one controller lives in
 the v2 part ("cgroups in hybrid mode not supported").
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import TheseusError
-from services.shim.runtimes.invocation import ENVIRONMENT
-from services.shim.runtimes.runc import find_program
+from services.shim.runtimes import catalogue, programs
+from services.shim.runtimes.programs import Program
+from services.shim.runtimes.runtime import RuntimeMissing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.metadata import EntryPoint
 
 KNOWN_RUNTIMES = ("runc", "crun")
 _TIMEOUT_S = 5.0
@@ -44,9 +47,24 @@ class ProbeResult:
     reason: str = ""
 
 
-def probe(names: Sequence[str] = KNOWN_RUNTIMES, *, cgroups: Path = _CGROUPS) -> list[ProbeResult]:
-    """Look at each runtime in turn. Blocks for as long as they take to print their version."""
-    return [_probe_one(name, cgroups) for name in names]
+def probe(names: Sequence[str] = (), *, cgroups: Path = _CGROUPS) -> list[ProbeResult]:
+    """Look at runtimes, at all that are known by default.
+
+    Blocks for as long as the slowest takes to print its version.
+
+    Raises:
+        InvalidArgument: the administrator's configuration is wrong.
+    """
+    if names:
+        plugged = {} if all(map(_is_program, names)) else catalogue.plug_ins()
+    else:
+        plugged = catalogue.plug_ins()
+        names = list(dict.fromkeys([*KNOWN_RUNTIMES, *programs.configured(), *plugged]))
+    started = [(name, _Version.ask(name) if _is_program(name) else None) for name in names]
+    return [
+        version.result(cgroups) if version is not None else _plug_in(name, plugged.get(name))
+        for name, version in started
+    ]
 
 
 def hybrid_controllers(cgroups: Path = _CGROUPS) -> list[str]:
@@ -59,31 +77,77 @@ def hybrid_controllers(cgroups: Path = _CGROUPS) -> list[str]:
         return []
 
 
-def _probe_one(name: str, cgroups: Path) -> ProbeResult:
+def _is_program(name: str) -> bool:
     try:
-        path = find_program(name)
+        programs.find(name)
+    except RuntimeMissing:
+        return False
+    except TheseusError:
+        return True  # which is told when it is asked
+    return True
+
+
+def _plug_in(name: str, entry: EntryPoint | None) -> ProbeResult:
+    try:
+        if entry is None:
+            programs.find(name)
+            return ProbeResult(name)
+        factory = catalogue.load(entry)
+        reason = str(getattr(factory, "obstacle", str)())
     except TheseusError as error:
         return ProbeResult(name, reason=error.message)
-    try:
-        answer = subprocess.run(
-            [path, "--version"],
-            env=ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except OSError as error:
-        return ProbeResult(name, path, reason=f"{path} cannot be started: {error.strerror}")
-    except subprocess.TimeoutExpired:
-        return ProbeResult(name, path, reason=f"{path} --version did not end in {_TIMEOUT_S:.0f} s")
-    version = answer.stdout.decode(errors="replace").partition("\n")[0].strip()
-    if answer.returncode != 0 or not version:
-        return ProbeResult(
-            name, path, reason=f"{path} --version exited with {answer.returncode} and no version"
-        )
-    reason = _known_obstacle(version, cgroups)
-    return ProbeResult(name, path, version, usable=not reason, reason=reason)
+    version = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+    return ProbeResult(name, entry.value, version, usable=not reason, reason=reason)
+
+
+class _Version:
+    """A program that was asked for its version; several answer side by side."""
+
+    def __init__(self, name: str, program: Program, asked: subprocess.Popen[bytes] | None) -> None:
+        self._name = name
+        self._program = program
+        self._asked = asked
+        self._reason = ""
+
+    @classmethod
+    def ask(cls, name: str) -> _Version:
+        try:
+            program = programs.find(name)
+        except TheseusError as error:
+            version = cls(name, Program(""), None)
+            version._reason = error.message
+            return version
+        try:
+            asked = subprocess.Popen(
+                [program.path, *program.arguments, "--version"],
+                env=programs.ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            version = cls(name, program, None)
+            version._reason = f"{program.path} cannot be started: {error.strerror}"
+            return version
+        return cls(name, program, asked)
+
+    def result(self, cgroups: Path) -> ProbeResult:
+        path = self._program.path
+        if self._asked is None:
+            return ProbeResult(self._name, path, reason=self._reason)
+        with self._asked:
+            try:
+                answer, _ = self._asked.communicate(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._asked.kill()
+                reason = f"{path} --version did not end in {_TIMEOUT_S:.0f} s"
+                return ProbeResult(self._name, path, reason=reason)
+        version = answer.decode(errors="replace").partition("\n")[0].strip()
+        if self._asked.returncode != 0 or not version:
+            reason = f"{path} --version exited with {self._asked.returncode} and no version"
+            return ProbeResult(self._name, path, reason=reason)
+        reason = _known_obstacle(version, cgroups)
+        return ProbeResult(self._name, path, version, usable=not reason, reason=reason)
 
 
 def _known_obstacle(version: str, cgroups: Path) -> str:

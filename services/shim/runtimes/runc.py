@@ -6,16 +6,13 @@ except ``exec``: several may run at once, so each has a log of its own, which is
 
 from __future__ import annotations
 
-import re
-import shutil
 from typing import TYPE_CHECKING
 
-from services.common.errors import InvalidArgument
-from services.shim.runtimes import failures
-from services.shim.runtimes.invocation import ENVIRONMENT, Outcome, run
+from services.common.errors import Unimplemented
+from services.shim.runtimes import failures, programs
+from services.shim.runtimes.invocation import Outcome, run
 from services.shim.runtimes.runtime import (
     RuntimeBroken,
-    RuntimeMissing,
     RuntimeOptions,
     UnknownToRuntime,
 )
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from services.shim.reaper import Reaper
     from services.shim.runtimes.runtime import RuntimeStdio
 
-_BINARY_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,128}")
 _PID_FILE_MAX_BYTES = 32
 
 
@@ -50,7 +46,7 @@ class RuncRuntime:
         self._log_file = log_file
         self._reaper = reaper
         self._timeout_s = timeout_s
-        self._program = find_program(options.binary)
+        self._program = programs.find(options.binary)
 
     async def create(
         self, *, bundle: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
@@ -60,8 +56,9 @@ class RuncRuntime:
         if console:
             arguments += ["--console-socket", console]
         if self._options.no_pivot_root:
+            self._need("no-pivot", "leave pivot_root out")
             arguments.append("--no-pivot")
-        if self._options.no_new_keyring:
+        if self._options.no_new_keyring and "no-new-keyring" not in self._program.lacks:
             arguments.append("--no-new-keyring")
         _remove(pid_file)
         await self._run([*arguments, self._id], stdio=stdio, classify=failures.classify_creation)
@@ -75,6 +72,7 @@ class RuncRuntime:
         self, *, process_file: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
     ) -> int:
         """See :meth:`Runtime.exec`."""
+        self._need("exec", "run one more process")
         arguments = ["exec", "--process", str(process_file), "--detach"]
         arguments += ["--pid-file", str(pid_file)]
         if console:
@@ -94,11 +92,14 @@ class RuncRuntime:
 
     async def kill(self, signum: int, *, all_processes: bool) -> None:
         """See :meth:`Runtime.kill`."""
+        if all_processes:
+            self._need("kill-all", "signal everything in a container")
         flags = ["--all"] if all_processes else []
         await self._run(["kill", *flags, self._id, str(signum)])
 
     async def pause(self) -> None:
         """See :meth:`Runtime.pause`."""
+        self._need("pause", "pause a container")
         await self._run(["pause", self._id])
 
     async def resume(self) -> None:
@@ -107,6 +108,7 @@ class RuncRuntime:
 
     async def update(self, resources_file: Path) -> None:
         """See :meth:`Runtime.update`."""
+        self._need("update", "change the limits of a container")
         await self._run(["update", "--resources", str(resources_file), self._id])
 
     async def delete(self, *, force: bool) -> None:
@@ -120,7 +122,10 @@ class RuncRuntime:
     async def version(self) -> str:
         """See :meth:`Runtime.version`."""
         outcome = await run(
-            self._reaper, [self._program, "--version"], stdio=None, timeout_s=self._timeout_s
+            self._reaper,
+            [self._program.path, *self._program.arguments, "--version"],
+            stdio=None,
+            timeout_s=self._timeout_s,
         )
         if not outcome.succeeded:
             raise RuntimeBroken(f"runtime '{self.name}' {outcome.in_words()} on --version")
@@ -138,7 +143,12 @@ class RuncRuntime:
         offset = log_file.stat().st_size if log_file.exists() else 0
         outcome = await run(
             self._reaper,
-            [self._program, *self._global_flags(log_file), *arguments],
+            [
+                self._program.path,
+                *self._program.arguments,
+                *self._global_flags(log_file),
+                *arguments,
+            ],
             stdio=stdio,
             timeout_s=self._timeout_s,
         )
@@ -163,8 +173,13 @@ class RuncRuntime:
     def _global_flags(self, log_file: Path) -> list[str]:
         flags = ["--root", str(self._options.root), "--log", str(log_file), "--log-format", "json"]
         if self._options.systemd_cgroup:
+            self._need("systemd-cgroup", "have systemd make a cgroup")
             flags.append("--systemd-cgroup")
         return flags
+
+    def _need(self, capability: str, what: str) -> None:
+        if capability in self._program.lacks:
+            raise Unimplemented(f"runtime '{self.name}' cannot {what}")
 
     def _read_pid(self, pid_file: Path) -> int:
         try:
@@ -177,28 +192,6 @@ class RuncRuntime:
         if not text.isdigit() or int(text) <= 1:
             raise RuntimeBroken(f"runtime '{self.name}' wrote no process id to {pid_file}")
         return int(text)
-
-
-def find_program(binary: str) -> str:
-    """Absolute path of a runtime.
-
-    Raises:
-        InvalidArgument: the name is neither a plain name nor an absolute path.
-        RuntimeMissing: there is no such program.
-    """
-    if binary.startswith("/"):
-        return binary
-    if not _BINARY_NAME.fullmatch(binary):
-        raise InvalidArgument(
-            f"runtime '{binary}' is neither a program's name nor an absolute path", field="options"
-        )
-    found = shutil.which(binary, path=ENVIRONMENT["PATH"])
-    if found is None:
-        raise RuntimeMissing(
-            f"runtime '{binary}' is not installed (looked in {ENVIRONMENT['PATH']}): install it, "
-            "or choose another"
-        )
-    return found
 
 
 def _remove(path: Path) -> None:

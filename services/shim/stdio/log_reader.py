@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.shim.stdio import json_file
-
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from services.shim.stdio.log_writer import LogWriter, Place
+    from services.shim.stdio.formats import Format
+    from services.shim.stdio.log_index import Place
+    from services.shim.stdio.log_writer import LogWriter
 
 
 def read(writer: LogWriter, stream: str, offset: int, limit: int) -> tuple[bytes, int]:
@@ -40,7 +40,7 @@ def read(writer: LogWriter, stream: str, offset: int, limit: int) -> tuple[bytes
         except OSError:
             return b"", end
     with file:
-        data = _scan(file, place, stream, offset, min(end, offset + limit))
+        data = _scan(file, writer.format, place, stream, range(offset, min(end, offset + limit)))
     return (data, 0) if data else (b"", end)
 
 
@@ -49,19 +49,19 @@ def _path(writer: LogWriter, place: Place) -> Path:
     return writer.path if age == 0 else writer.path.with_name(f"{writer.path.name}.{age}")
 
 
-def _scan(file: BinaryIO, place: Place, stream: str, offset: int, end: int) -> bytes:
+def _scan(file: BinaryIO, form: Format, place: Place, stream: str, wanted: range) -> bytes:
     file.seek(place.position)
     at = place.offset
     found = bytearray()
     for line in file:
-        parsed = json_file.parse_line(line)
+        parsed = form.parse(line)
         if parsed is None:
             break
         if parsed[0] != stream:
             continue
-        if at + len(parsed[1]) > offset:
-            found += parsed[1][max(0, offset - at) :]
+        if at + len(parsed[1]) > wanted.start:
+            found += parsed[1][max(0, wanted.start - at) :]
         at += len(parsed[1])
-        if at >= end:
+        if at >= wanted.stop:
             break
-    return bytes(found[: end - offset])
+    return bytes(found[: len(wanted)])

@@ -16,203 +16,35 @@ import asyncio
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
-from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from services.common.errors import FailedPrecondition
 from services.shim.futures import finish
 from services.shim.handover import data_of
-from services.shim.stdio import json_file
+from services.shim.stdio.formats import Chunk
+from services.shim.stdio.lines import nth_newline_end
+from services.shim.stdio.log_index import Place, StreamIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from services.shim.handover import Outgoing
+    from services.shim.stdio.formats import Format
 
 log = structlog.get_logger(__name__)
 
 QUEUE_MAX_BYTES = 4 << 20
-INDEX_DISTANCE_BYTES = 256 << 10
-PLACES_MAX = 4096
+_JOIN_MAX_BYTES = 256 << 10
+# Of chunks written at once; each has up to three pieces, and a call takes 1024 (writev(2)).
+_BATCH_MAX = 300
 _RETRY_S = 1.0
 _TORN_PIECE_BYTES = 65536
 _LOG_FILE_MODE = 0o640
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a stretch of a stream begins in the log.
-
-    Attributes:
-        offset: of its first byte in the stream.
-        generation: number of the file, counted from the first.
-        position: in that file; the line there, or one after it, is the stream's.
-        lossy: the stretch cannot be read back: dropped, or not UTF-8.
-    """
-
-    offset: int
-    generation: int
-    position: int
-    lossy: bool
-
-
-@dataclass(slots=True)
-class StreamIndex:
-    """Places of one stream in order, and how much of it is in the file."""
-
-    written: int = 0
-    places: list[Place] = field(default_factory=list)
-    distance: int = INDEX_DISTANCE_BYTES
-
-    def add(self, place: Place) -> None:
-        """Note a place, unless the last one is near and of the same kind."""
-        last = self.places[-1] if self.places else None
-        if (
-            last is None
-            or last.generation != place.generation
-            or last.lossy != place.lossy
-            or place.offset - last.offset >= self.distance
-        ):
-            self.places.append(place)
-            if len(self.places) > PLACES_MAX:
-                self._thin()
-
-    def find(self, offset: int) -> tuple[Place | None, int]:
-        """The last place at or before ``offset``, and the offset where its stretch ends."""
-        number = bisect_right(self.places, offset, key=lambda place: place.offset)
-        end = self.places[number].offset if number < len(self.places) else self.written
-        return (self.places[number - 1] if number else None), end
-
-    def pack(self) -> dict[str, Any]:
-        """The index as plain data, for :meth:`unpack`."""
-        places = [astuple(place) for place in self.places]
-        return {"written": self.written, "distance": self.distance, "places": places}
-
-    @classmethod
-    def unpack(cls, saved: Mapping[str, Any]) -> Self:
-        """The index that was packed."""
-        places = [Place(*place) for place in saved["places"]]
-        return cls(saved["written"], places, saved["distance"])
-
-    def _thin(self) -> None:
-        """Forget every second place that is of the same kind as the one before it."""
-        self.distance *= 2
-        kept = [self.places[0]]
-        skipped = False
-        for place in self.places[1:]:
-            last = kept[-1]
-            alike = (last.generation, last.lossy) == (place.generation, place.lossy)
-            if alike and not skipped:
-                skipped = True
-                continue
-            skipped = False
-            kept.append(place)
-        self.places = kept
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Formatted output that must not be torn apart except between lines.
-
-    Attributes:
-        raw: what it stands for.
-        data: what to write.
-        lossy: see Place.
-        lines: whether every newline of ``raw`` ends one line of ``data``.
-    """
-
-    raw: bytes
-    data: bytes
-    lossy: bool
-    lines: bool
-
-
-class Format(Protocol):
-    """Turns one process' output into what is written.
-
-    Attributes:
-        lines: whether a file of it consists of whole lines.
-    """
-
-    lines: bool
-
-    def feed(self, stream: str, data: bytes, time_ns: int) -> Iterator[Chunk]:
-        """Chunks that are complete after ``data``."""
-        ...
-
-    def finish(self, stream: str, time_ns: int) -> Iterator[Chunk]:
-        """What was left of a stream."""
-        ...
-
-    def unfinished(self) -> dict[str, bytes]:
-        """By stream, what was fed and not given back yet: an unfinished line."""
-        ...
-
-    def resume(self, unfinished: Mapping[str, bytes]) -> None:
-        """Go on where another object, which ``unfinished`` is from, was."""
-        ...
-
-
-class JsonFileFormat:
-    """docker's json-file lines."""
-
-    lines = True
-
-    def __init__(self) -> None:
-        self._splitters: dict[str, json_file.LineSplitter] = {}
-
-    def feed(self, stream: str, data: bytes, time_ns: int) -> Iterator[Chunk]:
-        """See :meth:`Format.feed`."""
-        splitter = self._splitters.setdefault(stream, json_file.LineSplitter())
-        return self._format(splitter.feed(data), stream, time_ns)
-
-    def finish(self, stream: str, time_ns: int) -> Iterator[Chunk]:
-        """See :meth:`Format.finish`."""
-        splitter = self._splitters.setdefault(stream, json_file.LineSplitter())
-        return self._format(splitter.finish(), stream, time_ns)
-
-    def unfinished(self) -> dict[str, bytes]:
-        """See :meth:`Format.unfinished`."""
-        return {stream: splitter.rest for stream, splitter in self._splitters.items()}
-
-    def resume(self, unfinished: Mapping[str, bytes]) -> None:
-        """See :meth:`Format.resume`."""
-        for stream, rest in unfinished.items():
-            self._splitters.setdefault(stream, json_file.LineSplitter()).rest = rest
-
-    def _format(self, runs: Iterator[json_file.Run], stream: str, time_ns: int) -> Iterator[Chunk]:
-        timestamp = json_file.format_time(time_ns)
-        for run in runs:
-            formatted = json_file.format_run(run, stream, timestamp)
-            yield Chunk(run.raw, formatted.data, formatted.lossy, run.whole)
-
-
-class RawFormat:
-    """The bytes as they came."""
-
-    lines = False
-
-    def feed(self, stream: str, data: bytes, time_ns: int) -> Iterator[Chunk]:
-        """See :meth:`Format.feed`."""
-        del stream, time_ns
-        yield Chunk(data, data, lossy=True, lines=False)
-
-    def finish(self, stream: str, time_ns: int) -> Iterator[Chunk]:
-        """See :meth:`Format.finish`."""
-        del stream, time_ns
-        yield from ()
-
-    def unfinished(self) -> dict[str, bytes]:
-        """See :meth:`Format.unfinished`: nothing is kept back."""
-        return {}
-
-    def resume(self, unfinished: Mapping[str, bytes]) -> None:
-        """See :meth:`Format.resume`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +66,7 @@ class LogWriter:
         dropped: called in the event loop with a stream and the bytes of it that were dropped.
         saved: what :meth:`pack` gave in an earlier image of the shim, to go on with.
         wrote: called in the writing thread with a stream and how much of it is in the log.
+        newlines: called in the event loop with a stream and how many newlines more it had.
 
     Raises:
         FailedPrecondition: the file cannot be opened.
@@ -250,14 +83,18 @@ class LogWriter:
         dropped: Callable[[str, int], None] = lambda _stream, _count: None,
         saved: Mapping[str, Any] | None = None,
         wrote: Callable[[str, int], None] = lambda _stream, _count: None,
+        newlines: Callable[[str, int], None] = lambda _stream, _count: None,
     ) -> None:
+        self._count_newlines = newlines
+        self._newlines = {"stdout": 0, "stderr": 0}
+        self._newlines_told = dict(self._newlines)
         self._wrote = wrote
         self.path = path
         self.generation = 0  # guarded by file_lock
         self.oldest_generation = 0  # guarded by file_lock
         self.file_lock = threading.Lock()
         self.index = {name: StreamIndex() for name in ("stdout", "stderr")}  # guarded by file_lock
-        self._format = form
+        self.format = form
         self._max_size_bytes = max_size_bytes
         self._max_files = max_files
         self._block_on_full = block_on_full
@@ -293,7 +130,7 @@ class LogWriter:
                 "oldest_generation": self.oldest_generation,
                 "index": {name: index.pack() for name, index in self.index.items()},
                 "unfinished": {
-                    stream: out.data(rest) for stream, rest in self._format.unfinished().items()
+                    stream: out.data(rest) for stream, rest in self.format.unfinished().items()
                 },
             }
 
@@ -301,10 +138,10 @@ class LogWriter:
         self.generation = saved["generation"]
         self.oldest_generation = saved["oldest_generation"]
         self.index = {name: StreamIndex.unpack(index) for name, index in saved["index"].items()}
-        self._format.resume({stream: data_of(rest) for stream, rest in saved["unfinished"].items()})
+        self.format.resume({stream: data_of(rest) for stream, rest in saved["unfinished"].items()})
         if saved["fd"] >= 0:
             return saved["fd"], os.fstat(saved["fd"]).st_size
-        if self._format.lines:
+        if self.format.lines:
             _cut_torn_line(self.path)
         return self._open()
 
@@ -379,7 +216,7 @@ class LogWriter:
                 reopen, self._reopen = self._reopen, False
             if reopen:
                 self._reopen_file()
-            for item in items:
+            for item in _joined(items):
                 self._write_item(item)
             with self._condition:
                 self._queued_bytes -= sum(len(item.data or b"") for item in items)
@@ -393,6 +230,9 @@ class LogWriter:
             return
 
     def _progress(self) -> None:
+        for stream, count in self._newlines.items():
+            self._count_newlines(stream, count - self._newlines_told[stream])
+            self._newlines_told[stream] = count
         if self.ready:
             callbacks, self._callbacks = self._callbacks, []
             for callback in callbacks:
@@ -406,11 +246,30 @@ class LogWriter:
 
     def _write_item(self, item: _Item) -> None:
         if item.data is None:
-            chunks = self._format.finish(item.stream, item.time_ns)
+            chunks = self.format.finish(item.stream, item.time_ns)
         else:
-            chunks = self._format.feed(item.stream, item.data, item.time_ns)
+            chunks = self.format.feed(item.stream, item.data, item.time_ns)
+        batch: list[Chunk] = []
         for chunk in chunks:
-            self._write_chunk(item.stream, chunk)
+            if len(batch) == _BATCH_MAX or (batch and batch[0].lossy != chunk.lossy):
+                self._write_batch(item.stream, batch)
+                batch = []
+            batch.append(chunk)
+        self._write_batch(item.stream, batch)
+
+    def _write_batch(self, stream: str, batch: Sequence[Chunk]) -> None:
+        """Write chunks at once, unless a new file has to begin among them."""
+        self._newlines[stream] += sum(chunk.newlines for chunk in batch)
+        size = sum(chunk.size_bytes for chunk in batch)
+        if len(batch) > 1 and (
+            not self._max_size_bytes or self._size + size <= self._max_size_bytes
+        ):
+            pieces = tuple(piece for chunk in batch for piece in chunk.pieces)
+            raw = b"".join(chunk.raw for chunk in batch)
+            self._append(stream, Chunk(raw, pieces, batch[0].lossy, lines=False))
+            return
+        for chunk in batch:
+            self._write_chunk(stream, chunk)
 
     def _write_chunk(self, stream: str, chunk: Chunk) -> None:
         while (split := self._split(chunk)) is not None:
@@ -426,20 +285,21 @@ class LogWriter:
         if self._size >= self._max_size_bytes:
             self._rotate()
         room = self._max_size_bytes - self._size
-        if not chunk.lines or len(chunk.data) <= room:
+        if not chunk.lines or chunk.size_bytes <= room:
             return None
-        end = chunk.data.find(b"\n", room - 1) + 1
-        if end in (0, len(chunk.data)):
+        data = chunk.data
+        end = data.find(b"\n", room - 1) + 1
+        if end in (0, len(data)):
             return None
-        raw_end = json_file.nth_newline_end(chunk.raw, chunk.data.count(b"\n", 0, end))
+        raw_end = nth_newline_end(chunk.raw, data.count(b"\n", 0, end))
         return (
-            Chunk(chunk.raw[:raw_end], chunk.data[:end], chunk.lossy, chunk.lines),
-            Chunk(chunk.raw[raw_end:], chunk.data[end:], chunk.lossy, chunk.lines),
+            Chunk(chunk.raw[:raw_end], (data[:end],), chunk.lossy, chunk.lines),
+            Chunk(chunk.raw[raw_end:], (data[end:],), chunk.lossy, chunk.lines),
         )
 
     def _append(self, stream: str, chunk: Chunk) -> None:
         size = self._size
-        written = self._try_append(chunk.data)
+        written = self._try_append(chunk)
         with self.file_lock:
             index = self.index[stream]
             index.add(Place(index.written, self.generation, size, lossy=chunk.lossy or not written))
@@ -451,9 +311,9 @@ class LogWriter:
             except RuntimeError:  # the loop is closed: nobody counts
                 return
 
-    def _try_append(self, data: bytes) -> bool:
+    def _try_append(self, chunk: Chunk) -> bool:
         while True:
-            error = self._append_whole(data)
+            error = self._append_whole(chunk)
             if error is None:
                 self._stuck = self._failing = False
                 return True
@@ -469,16 +329,20 @@ class LogWriter:
                     return False
                 self._condition.wait(_RETRY_S)
 
-    def _append_whole(self, data: bytes) -> str | None:
-        view = memoryview(data)
+    def _append_whole(self, chunk: Chunk) -> str | None:
+        size = chunk.size_bytes
+        written = 0
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            written = os.writev(self._fd, chunk.pieces)
+            if written < size:
+                view = memoryview(chunk.data)
+                while written < size:
+                    written += os.write(self._fd, view[written:])
         except OSError as error:
-            if len(view) < len(data):
+            if written:
                 os.ftruncate(self._fd, self._size)
             return error.strerror or str(error)
-        self._size += len(data)
+        self._size += size
         return None
 
     def _rotate(self) -> None:
@@ -529,6 +393,39 @@ class LogWriter:
                 f"log file {self.path} cannot be opened: {error.strerror}"
             ) from error
         return fd, os.fstat(fd).st_size
+
+
+def _joined(items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items, small ones of a stream that follow one another as one: each costs a system call.
+
+    Together they get the time of the first, which is at most a queue's length older.
+    """
+    held: list[_Item] = []
+    held_bytes = 0
+    for item in items:
+        size = len(item.data or b"")
+        fits = (
+            held
+            and item.data is not None
+            and held[0].stream == item.stream
+            and held_bytes + size <= _JOIN_MAX_BYTES
+        )
+        if held and not fits:
+            yield _join(held)
+            held, held_bytes = [], 0
+        if item.data is None:
+            yield item
+        else:
+            held.append(item)
+            held_bytes += size
+    if held:
+        yield _join(held)
+
+
+def _join(items: Sequence[_Item]) -> _Item:
+    if len(items) == 1:
+        return items[0]
+    return replace(items[0], data=b"".join(item.data or b"" for item in items))
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -17,7 +17,7 @@ import structlog
 
 from services.common.errors import FailedPrecondition
 from services.shim.futures import finish
-from services.shim.runtimes.invocation import ENVIRONMENT
+from services.shim.runtimes.programs import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,8 +20,9 @@ from services.common.errors import FailedPrecondition
 from services.shim.runtimes.runtime import RuntimeStdio
 from services.shim.stdio import console, meter, uris
 from services.shim.stdio.fd_sink import FdSink, open_output
+from services.shim.stdio.formats import FORMATS, RawFormat
 from services.shim.stdio.input import FifoInput, Input
-from services.shim.stdio.log_writer import JsonFileFormat, LogWriter, RawFormat
+from services.shim.stdio.log_writer import LogWriter
 from services.shim.stdio.logger import LoggerProcess, start_logger
 from services.shim.stdio.meter import Meter
 from services.shim.stdio.output import Output
@@ -308,13 +309,14 @@ class ProcessIo:
     def _open_log(self, spec: uris.LogFile, saved: Mapping[str, Any] | None = None) -> LogWriter:
         return LogWriter(
             spec.path,
-            JsonFileFormat(),
+            FORMATS[spec.format](),
             max_size_bytes=spec.max_size_bytes,
             max_files=spec.max_files,
             block_on_full=spec.block_on_full,
             dropped=self._metrics.dropped,
             saved=saved,
             wrote=self._count_written,
+            newlines=self._metrics.newlines,
         )
 
     def _unpack_sink(self, saved: Mapping[str, Any], stream: str) -> Sink:
@@ -326,7 +328,12 @@ class ProcessIo:
             spec = targets[stream == STDERR]
             assert isinstance(spec, uris.RawFile)
             return LogWriter(
-                spec.path, RawFormat(), dropped=dropped, saved=saved, wrote=self._count_written
+                spec.path,
+                RawFormat(),
+                dropped=dropped,
+                saved=saved,
+                wrote=self._count_written,
+                newlines=self._metrics.newlines,
             )
         if saved["log"] is not None:
             file = next(target for target in targets if isinstance(target, uris.LogFile))
@@ -341,6 +348,7 @@ class ProcessIo:
                 RawFormat(),
                 dropped=self._metrics.dropped,
                 wrote=self._count_written,
+                newlines=self._metrics.newlines,
             )
         assert isinstance(spec, uris.Fifo)
         fd = open_output(spec.path, field=name)
@@ -389,9 +397,16 @@ class ProcessIo:
             pump.start()
 
     def _count_read(self, stream: str, data: bytes) -> None:
-        self._metrics.read(stream, data)
+        self._metrics.read(stream, len(data))
+        if not self._is_logged(stream):
+            self._metrics.newlines(stream, data.count(b"\n"))
         if self._meter is not None:
             self._meter[meter.READ[stream]] += len(data)
+
+    def _is_logged(self, stream: str) -> bool:
+        """Whether a log file is written, and its newlines counted on the way."""
+        sink = self._sinks[stream]
+        return isinstance(sink, LogWriter) or (sink is self.output and self.log is not None)
 
     def _count_written(self, stream: str, count: int) -> None:
         if self._meter is not None:

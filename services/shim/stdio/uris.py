@@ -5,7 +5,8 @@
 file:///path                  appended to as it comes
 binary:///path?key=value      a logger program, given the pipes as descriptors 3 and 4
 theseus-log:///path?...       our log file, written by the shim, which also serves Streams.Attach
-                              format=json-file  max-size=BYTES  max-file=N  on-full=drop|block
+                              format=json-file|cri  max-size=BYTES  max-file=N
+                              on-full=drop|block
 theseus-stream:               no file: a bounded buffer for Streams.Attach; also for stdin
 """
 
@@ -19,6 +20,8 @@ from services.common.errors import InvalidArgument
 
 LOG_SCHEME = "theseus-log"
 STREAM_SCHEME = "theseus-stream"
+FORMATS = ("json-file", "cri")
+"""Of log files; the first is taken when none is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,14 @@ class LogFile:
         max_size_bytes: size at which a new file begins; 0: never.
         max_files: files kept, the newest included.
         block_on_full: let the process wait when the disk is full, instead of dropping lines.
+        format: one of FORMATS.
     """
 
     path: Path
     max_size_bytes: int = 0
     max_files: int = 1
     block_on_full: bool = False
+    format: str = FORMATS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +136,11 @@ def _parse(uri: str, *, field: str) -> Output:
 
 def _log_file(path: Path, query: dict[str, str], *, uri: str, field: str) -> LogFile:
     unknown = set(query) - {"format", "max-size", "max-file", "on-full"}
-    if unknown or query.get("format", "json-file") != "json-file":
+    form = query.get("format", FORMATS[0])
+    if unknown or form not in FORMATS:
         raise InvalidArgument(
-            f"{field} URI '{uri}' has unknown parameters or an unknown format: format=json-file, "
-            "max-size, max-file and on-full are known",
+            f"{field} URI '{uri}' has unknown parameters or an unknown format: max-size, max-file, "
+            f"on-full and format are known, which is one of {', '.join(FORMATS)}",
             field=field,
         )
     on_full = query.get("on-full", "drop")
@@ -142,6 +148,7 @@ def _log_file(path: Path, query: dict[str, str], *, uri: str, field: str) -> Log
         raise InvalidArgument(f"{field} URI '{uri}': on-full is drop or block", field=field)
     return LogFile(
         path,
+        format=form,
         max_size_bytes=_number(query, "max-size", 0, uri=uri, field=field),
         max_files=max(1, _number(query, "max-file", 1, uri=uri, field=field)),
         block_on_full=on_full == "block",

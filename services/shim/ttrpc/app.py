@@ -95,6 +95,7 @@ class TtrpcShim:
             self._unlink()
             server.stop_listening()
             await tasks.finish()
+            spool.leave_directory()
             if not tasks.shutdown_now.is_set():
                 await spool.emptied()
             await server.stop()

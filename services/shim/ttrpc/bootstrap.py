@@ -123,6 +123,15 @@ def bind(path: str) -> _socket.socket | None:
     return listener
 
 
+def remove_dead(path: str) -> None:
+    """Remove the socket of a shim that died; one that somebody serves is left alone."""
+    if not os.path.exists(path):
+        return
+    with _Lock(os.path.dirname(path)):
+        if not _serves(path):
+            os.unlink(path)
+
+
 def answer(form: str, address: str) -> bytes:
     """What containerd wants to read."""
     if form == BOOTSTRAP:

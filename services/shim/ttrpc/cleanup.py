@@ -22,9 +22,9 @@ from services.common.errors import TheseusError
 from services.shim import events
 from services.shim.bundle import Bundle
 from services.shim.runtimes import failures
-from services.shim.runtimes.invocation import ENVIRONMENT
-from services.shim.runtimes.runc import find_program
+from services.shim.runtimes.programs import ENVIRONMENT, find_program
 from services.shim.runtimes.runtime import UnknownToRuntime
+from services.shim.ttrpc import bootstrap
 from services.shim.ttrpc.ending import UNKNOWN_STATUS, Ending
 from services.shim.ttrpc.task import TASK_FILE
 
@@ -57,6 +57,7 @@ def clean_up(directory: str, *, container_id: str, namespace: str) -> Ending:
         mounts.unmount(bundle.rootfs)
     except (TheseusError, OSError) as error:
         _warn(f"{bundle.rootfs} cannot be unmounted: {error}")
+    _remove_socket(bundle.path)
     return ending or Ending(0, UNKNOWN_STATUS, time.time_ns())
 
 
@@ -139,6 +140,14 @@ def _delete(bundle: Bundle, task: dict[str, Any], container_id: str) -> None:
     said = failures.read_log(log, offset) or failures.bounded(done.stderr)
     if done.returncode and not isinstance(failures.classify(said, said), UnknownToRuntime):
         _warn(f"{task['runtime']} cannot delete container {container_id}: {said}")
+
+
+def _remove_socket(bundle: Path) -> None:
+    try:
+        bootstrap.remove_dead((bundle / "address").read_text().removeprefix("unix://"))
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            _warn(f"the socket of the dead shim cannot be removed: {error}")
 
 
 def _warn(text: str) -> None:

@@ -12,8 +12,7 @@ from protos.containerd.types import introspection_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from services.common import VERSION
 from services.common.errors import InvalidArgument
-from services.shim.runtimes.invocation import ENVIRONMENT
-from services.shim.runtimes.runc import find_program
+from services.shim.runtimes.programs import ENVIRONMENT, find_program
 
 NAME = "io.containerd.theseus.v1"
 _OPTIONS_TYPE = "containerd.runc.v1.Options"

@@ -53,9 +53,11 @@ def _become_warm(request: StartRequest, listener: int, requests: _socket.socket 
 
     def work() -> None:
         detach(request)
-        # An installed rich would be imported by structlog for coloured tracebacks: 60 ms, 10 MB.
-        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # such an import fails
         # Imported when containerd has its answer already.
+        from services.shim import packing
+
+        packing.leave_out()
+        packing.share_one_heap()
         from services.common import linux
         from services.shim.ttrpc.app import run
 
@@ -66,6 +68,8 @@ def _become_warm(request: StartRequest, listener: int, requests: _socket.socket 
         warm = WarmProcess(requests, become_shim)
         warm.fork(request, listener)
         _close_log()
+        # After the first shim, which somebody waits for.
+        packing.pack()
         warm.run()
 
     _do_and_exit(work)

@@ -100,17 +100,14 @@ class WarmProcess:
         self._idle_limit_s = idle_limit_s
         self._path = str(listener.getsockname())
         self._inode = os.stat(self._path).st_ino
-
-    def run(self) -> None:
-        """Serve; the caller has imported what shims need."""
-        import gc
-        import select
         import signal
 
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
-        # Set aside, so that a collection in a child does not copy the pages.
-        gc.collect()
-        gc.freeze()
+
+    def run(self) -> None:
+        """Serve; the caller has imported what shims need."""
+        import select
+
         self._listener.setblocking(False)
         while select.select([self._listener], [], [], self._idle_limit_s)[0]:
             self._accept()
@@ -120,10 +117,11 @@ class WarmProcess:
             self._accept()
         self._listener.close()
 
-    def fork(self, request: StartRequest, listener: int) -> None:
-        """Fork a shim; ``listener`` is closed here."""
+    def fork(self, request: StartRequest, listener: int, *others: _socket.socket) -> None:
+        """Fork a shim, which gets ``listener`` and none of ``others``; it is closed here."""
         if os.fork() == 0:
-            self._listener.close()
+            for mine in (self._listener, *others):
+                mine.close()
             self._become(request, listener)
             os._exit(1)
         os.close(listener)
@@ -154,7 +152,7 @@ class WarmProcess:
         except ValueError:
             os.close(fds[0])
             raise
-        self.fork(request, fds[0])
+        self.fork(request, fds[0], connection)
         connection.send(_DONE)
 
     def _unlink(self) -> None:

@@ -116,7 +116,8 @@ async def test_directory_that_vanishes_and_comes_back_is_watched_again(tmp_path)
 
 def test_metrics_page_has_the_shims_figures():
     metrics = ShimMetrics()
-    metrics.read("stdout", b"a\nb\n")
+    metrics.read("stdout", 4)
+    metrics.newlines("stdout", 2)
     metrics.dropped("stderr", 7)
     page = metrics.page().decode()
     assert 'theseus_shim_output_bytes_total{stream="stdout"} 4.0' in page

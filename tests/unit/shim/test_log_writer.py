@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import FailedPrecondition
-from services.shim.stdio import log_reader, log_writer
-from services.shim.stdio.log_writer import JsonFileFormat, LogWriter, Place, RawFormat, StreamIndex
+from services.shim.stdio import log_index, log_reader, log_writer
+from services.shim.stdio.formats import CriFormat, JsonFileFormat, RawFormat
+from services.shim.stdio.log_index import Place, StreamIndex
+from services.shim.stdio.log_writer import LogWriter
 
 
 class Log:
@@ -158,17 +160,18 @@ async def test_torn_line_is_cut_off_again(make_log, tmp_path, monkeypatch):
     path = tmp_path / "c.log"
     log = make_log(path)
     await log.write(b"whole\n")
-    write = log_writer.os.write
+    write, writev = log_writer.os.write, log_writer.os.writev
 
-    def half(fd, data):
+    def half(fd, pieces):
+        monkeypatch.setattr(log_writer.os, "writev", writev)
         monkeypatch.setattr(log_writer.os, "write", broken)
-        return write(fd, data[: len(data) // 2])
+        return write(fd, pieces[0])
 
     def broken(fd, data):
         monkeypatch.setattr(log_writer.os, "write", write)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log_writer.os, "write", half)
+    monkeypatch.setattr(log_writer.os, "writev", half)
     await log.write(b"torn\n")
     await log.write(b"next\n")
     assert entries(path) == ["whole\n", "next\n"]
@@ -188,6 +191,50 @@ async def test_reopen_goes_on_in_a_new_file(make_log, tmp_path):
     assert await log.read_all("stdout", 8) == [(0, 4), b"new\n"]
 
 
+async def test_cri_lines_are_read_back_by_offset(make_log, tmp_path):
+    path = tmp_path / "c.log"
+    log = make_log(path, CriFormat(), max_size_bytes=400, max_files=20)
+    sent = [b"first\n", b"\xff\0 no text\n", b"x" * 20000 + b"\n", b"par", b"tial\n", b"rest"]
+    for data in sent:
+        await log.write(data)
+    log.writer.finish("stdout")
+    await log.writer.settle()
+    lines = path.read_bytes().splitlines()
+    assert [line.split(b" ", 3)[1:] for line in lines[-1:]] == [[b"stdout", b"P", b"rest"]]
+    assert len(list(tmp_path.iterdir())) > 2
+    whole = b"".join(sent)
+    assert b"".join(await log.read_all("stdout", len(whole))) == whole
+
+
+async def test_a_short_write_is_finished(make_log, tmp_path, monkeypatch):
+    path = tmp_path / "c.log"
+    log = make_log(path)
+    writev = log_writer.os.writev
+
+    def short(fd, pieces):
+        monkeypatch.setattr(log_writer.os, "writev", writev)
+        return log_writer.os.write(fd, pieces[0])
+
+    monkeypatch.setattr(log_writer.os, "writev", short)
+    await log.write(b"one\ntwo\n")
+    assert entries(path) == ["one\n", "two\n"]
+
+
+async def test_small_writes_that_wait_are_written_together(make_log, tmp_path, monkeypatch):
+    log = make_log(tmp_path / "c.log")
+    calls = []
+    writev = log_writer.os.writev
+    monkeypatch.setattr(
+        log_writer.os, "writev", lambda fd, pieces: calls.append(1) or writev(fd, pieces)
+    )
+    with log.writer.file_lock:  # the thread comes as far as the index of the first write
+        for number in range(200):
+            log.writer.write("stdout" if number < 190 else "stderr", b"%d\n" % number)
+    await log.writer.settle()
+    assert len(calls) < 20
+    assert entries(tmp_path / "c.log") == [f"{number}\n" for number in range(200)]
+
+
 async def test_file_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FailedPrecondition, match="cannot be opened"):
@@ -205,12 +252,12 @@ async def test_raw_form_writes_the_bytes(make_log, tmp_path):
 
 def test_index_thins_out_and_still_finds():
     index = StreamIndex()
-    for number in range(3 * log_writer.PLACES_MAX):
-        offset = number * log_writer.INDEX_DISTANCE_BYTES
+    for number in range(3 * log_index.PLACES_MAX):
+        offset = number * log_index.INDEX_DISTANCE_BYTES
         index.add(Place(offset, 0, number * 10, lossy=False))
-        index.written = offset + log_writer.INDEX_DISTANCE_BYTES
-    assert len(index.places) <= log_writer.PLACES_MAX
+        index.written = offset + log_index.INDEX_DISTANCE_BYTES
+    assert len(index.places) <= log_index.PLACES_MAX
     for offset in (0, 12345678, index.written - 1):
         place, end = index.find(offset)
         assert place.offset <= offset < end
-        assert place.position * log_writer.INDEX_DISTANCE_BYTES == place.offset * 10
+        assert place.position * log_index.INDEX_DISTANCE_BYTES == place.offset * 10

@@ -8,7 +8,8 @@ import pytest
 from services.common.errors import OutOfRange
 from services.shim.stdio import extents, output
 from services.shim.stdio.extents import Extents
-from services.shim.stdio.log_writer import JsonFileFormat, LogWriter
+from services.shim.stdio.formats import JsonFileFormat
+from services.shim.stdio.log_writer import LogWriter
 from services.shim.stdio.output import Gap, Output, Piece
 
 BIG = 100_000

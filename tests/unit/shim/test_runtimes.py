@@ -10,7 +10,8 @@ import pytest
 from services.common.errors import InvalidArgument
 from services.shim.reaper import Reaper
 from services.shim.runtimes import failures, probe
-from services.shim.runtimes.runc import RuncRuntime, find_program
+from services.shim.runtimes.programs import find_program
+from services.shim.runtimes.runc import RuncRuntime
 from services.shim.runtimes.runtime import (
     CommandNotExecutable,
     CommandNotFound,

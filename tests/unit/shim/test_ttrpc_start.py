@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from protos.containerd.types.runc.options import oci_pb2
 from services.common import VERSION
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.shim.runtimes.runtime import RuntimeMissing
-from services.shim.ttrpc import bootstrap, ending, home, info, launcher, wire
+from services.shim.ttrpc import bootstrap, ending, home, info, launcher, warm, wire
 from services.shim.ttrpc.flags import Flags, UsageError
 from services.shim.ttrpc.request import StartRequest, parse_request
 
@@ -269,6 +270,68 @@ def test_answers_are_what_each_containerd_reads():
     }
     result = bootstrap_pb2.BootstrapResult.FromString(bootstrap.answer("bootstrap", address))
     assert (result.version, result.address, result.protocol) == (3, address, "ttrpc")
+
+
+# Warm process
+
+WARM = """
+import os, sys
+from services.shim.ttrpc.warm import Warm, WarmProcess
+def become(request, listener):
+    os.write(1, request.id.encode() + b"\\n")
+    os._exit(0)
+warm = Warm(sys.argv[1])
+assert warm.listener is not None
+os.write(1, b"ready\\n")
+WarmProcess(warm.listener, become, idle_limit_s=float(sys.argv[2])).run()
+"""
+
+
+def warm_process(directory, *, idle_limit_s):
+    """A warm process whose shims print their id and end; it serves when this returns."""
+    command = [sys.executable, "-c", WARM, str(directory), str(idle_limit_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=TREE)
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_the_warm_process_forks_a_shim_for_each_request(tmp_path):
+    process = warm_process(tmp_path, idle_limit_s=60)
+    for number in range(3):
+        listener = bootstrap.bind(str(tmp_path / f"s{number}"))
+        request = request_at(tmp_path / "c.sock")
+        request.id = f"c{number}"
+        assert warm.Warm(str(tmp_path)).ask(request, listener)
+        assert process.stdout.readline() == f"c{number}\n".encode()
+        listener.close()
+    process.kill()
+    process.communicate()
+    # Nobody serves its socket any more, so the next one does.
+    successor = warm.Warm(str(tmp_path))
+    assert successor.connection is None
+    successor.listener.close()
+
+
+def test_the_warm_process_ends_when_nobody_asks(tmp_path):
+    process = warm_process(tmp_path, idle_limit_s=0.01)
+    assert process.wait(10) == 0
+    process.stdout.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_warm_process_survives_garbage(tmp_path):
+    process = warm_process(tmp_path, idle_limit_s=60)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(warm.path_in(str(tmp_path)))
+        connection.send(b"garbage")
+        assert connection.recv(1) == b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(warm.path_in(str(tmp_path)))
+        socket.send_fds(connection, [b"garbage"], [0])
+        assert connection.recv(1) == b""
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 # Log

@@ -1,0 +1,64 @@
+"""containerd sees to it that there is a keeper of descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from services.containerd.tasks.fd_keeper import DescriptorKeeper
+from tests.fakes.eventually import eventually
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROGRAM = (sys.executable, "-m", "services.shim")
+
+
+def keeper_pid(path: Path) -> int:
+    """Process id of the keeper that serves there now; 0 for none."""
+    with (
+        suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+    ):
+        connection.connect(str(path))
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)
+    return 0
+
+
+async def test_keeper_is_started_again_when_it_dies(tmp_path: Path) -> None:
+    path = tmp_path / "keeper.sock"
+    async with DescriptorKeeper(PROGRAM, path):
+        await eventually(lambda: keeper_pid(path))
+        first = keeper_pid(path)
+        os.kill(first, signal.SIGKILL)
+        await eventually(lambda: keeper_pid(path) not in (0, first))
+    await eventually(lambda: not path.exists())  # nobody needs it any more
+
+
+async def test_keeper_that_is_there_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "keeper.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as shim:
+        async with DescriptorKeeper(PROGRAM, path):
+            await eventually(lambda: keeper_pid(path))
+            first = keeper_pid(path)
+            shim.connect(str(path))
+        async with DescriptorKeeper(PROGRAM, path):
+            await asyncio.sleep(0)
+            assert keeper_pid(path) == first
+
+
+async def test_program_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None:
+    program = tmp_path / "theseus-shim"
+    path = tmp_path / "keeper.sock"
+    async with DescriptorKeeper((str(program),), path):
+        await asyncio.sleep(0)
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m services.shim "$@"\n')
+        program.chmod(0o755)
+        await eventually(lambda: keeper_pid(path))
+    await eventually(lambda: not path.exists())
