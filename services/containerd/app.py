@@ -240,7 +240,7 @@ class App:
             ShimManager(
                 bundles=bundles,
                 journal=journal,
-                undertaker=Undertaker(journal),
+                undertaker=Undertaker(journal, keeper),
                 connect=ShimClient,
                 metrics=metrics,
                 identity=Identity(uuid.uuid4().hex, epoch),

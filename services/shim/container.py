@@ -209,6 +209,8 @@ class Container:
             await self.runtime.kill(signum, all_processes=True)
             return
         process.send_signal(signum)
+        if process is not self.init:
+            return
         if signum == signal.SIGKILL and self.init.status is Status.PAUSED:
             # A frozen v1 cgroup keeps even this signal waiting; what is killed need not be frozen.
             with contextlib.suppress(TheseusError):

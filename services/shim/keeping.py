@@ -39,18 +39,12 @@ class Keeping:
     """
 
     def __init__(self, path: Path | None, owner: str) -> None:
-        self.reconnections = 0
         self._path = path
         self._owner = owner
         self._names: dict[int, str] = {}
         self._connection: socket.socket | None = None
         self._again: asyncio.TimerHandle | None = None
         self._pause_s = _AGAIN_S
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a keeper."""
-        return self._connection is not None
 
     def open(self) -> None:
         """Connect, and store what is to be kept; tried again for ever."""
@@ -155,7 +149,6 @@ class Keeping:
 
     def _try_again(self) -> None:
         if self._again is None:
-            self.reconnections += 1
             self._again = asyncio.get_running_loop().call_later(self._pause_s, self.open)
             self._pause_s = min(self._pause_s * 2, _AGAIN_MAX_S)
 

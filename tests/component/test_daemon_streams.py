@@ -168,7 +168,7 @@ async def test_the_rest_of_a_finished_run_comes_from_the_log(made):
     await made.wait("one")
     await made.until(lambda: identity not in made.node.world.tasks)
     found = await made.get("one")
-    seconds = found.started_at.seconds + 1
+    seconds = found.started_at.ToNanoseconds() / 1e9 + 0.001
     log_line(found.log_path, "old run\n", seconds - 3600)
     log_line(found.log_path, "this ", seconds)
     log_line(found.log_path, "run\n", seconds, stream="stderr")
@@ -323,7 +323,7 @@ async def test_an_unknown_exec_is_not_found(made):
 
 def log_line(path, text, seconds, *, stream="stdout"):
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    line = {"log": text, "stream": stream, "time": moment.strftime("%Y-%m-%dT%H:%M:%S.5Z")}
+    line = {"log": text, "stream": stream, "time": moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
     with Path(path).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -341,7 +341,7 @@ async def test_logs_are_chosen_and_resumed(made):
     path = (await made.get("one")).log_path
     for number in range(5):
         stream = "stderr" if number % 2 else "stdout"
-        log_line(path, f"line {number}\n", 1000 + number, stream=stream)
+        log_line(path, f"line {number}\n", 1000.5 + number, stream=stream)
     assert await read_log(made) == b"".join(b"line %d\n" % n for n in range(5))
     assert await read_log(made, tail=2) == b"line 3\nline 4\n"
     assert await read_log(made, tail=0) == b""

@@ -204,6 +204,7 @@ async def test_status_that_nobody_can_know_is_reported_lost(shell, maker, keeper
 
 async def test_shims_store_again_with_a_new_keeper(shell, maker, keeper):
     shim = await shell("sleep 1000", stdout=STREAM)
+    await eventually(lambda: keeper.held() >= 3)  # pipe, pidfd, meter
     full = keeper.held()
     keeper.kill()
     keeper.start()
@@ -215,16 +216,15 @@ async def test_shims_store_again_with_a_new_keeper(shell, maker, keeper):
 
 
 async def test_keeper_holds_nothing_of_a_deleted_container(shell, keeper):
-    empty = keeper.held()
     shim = await shell("cat", terminal=True, stdin=STREAM, stdout=STREAM)
     await shim.exec("e", ["/bin/true"], stdin=STREAM, stdout=STREAM)
     await shim.wait("e")
     await shim.delete("e")
-    assert keeper.held() > empty + 1
+    await eventually(lambda: keeper.held() >= 3)  # terminal, pidfd, meter
     await shim.kill()
     await shim.wait()
     await shim.delete()
-    await eventually(lambda: keeper.held() <= empty + 1)  # its connection is left
+    await eventually(lambda: keeper.held() == 0)
 
 
 async def test_nothing_to_adopt_is_an_error(maker, keeper, factory):

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +14,9 @@ from protos.containerd.task.v3 import shim_pb2
 from services.common import errors
 from tests.fakes.runtime import install
 from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOCUMENT = REPOSITORY / "docs" / "RUNTIMES.md"
 
@@ -56,10 +59,8 @@ async def maker(factory, tmp_path):
 
 
 async def test_example_of_the_document_runs_containers(maker):
-    shim = await maker.start(maker.bundle(plain_spec("/bin/sh", "-c", "echo $A; read x; exit 4")))
-    (shim.bundle / "config.json").write_text(
-        json.dumps(plain_spec("/bin/sh", "-c", "echo $A; read x; exit 4", env=["A=hello"]))
-    )
+    spec = plain_spec("/bin/sh", "-c", "echo $A; read x; exit 4", env=["A=hello"])
+    shim = await maker.start(maker.bundle(spec))
     await shim.create(binary="bare", stdin="theseus-stream:", stdout="theseus-stream:")
     await shim.start()
     async with shim.attach(input=True, output=True) as attached:

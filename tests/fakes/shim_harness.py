@@ -97,8 +97,13 @@ class KeeperProcess:
         os.close(pidfd)
 
     def held(self) -> int:
-        """How many descriptors it has open."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+        """How many descriptors it holds for shims."""
+        found = []
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.append(str(entry.readlink()))
+        theirs = ("pipe:", "/memfd:", "/dev/ptmx", "/dev/pts/", "anon_inode:[pidfd]")
+        return sum(name.startswith(theirs) for name in found)
 
 
 class RunningShim:
@@ -139,8 +144,8 @@ class RunningShim:
         """Start a process."""
         return await self.call("Start", shim_pb2.StartRequest(id=self.id, exec_id=exec_id))
 
-    async def exec(self, exec_id, arguments, *, cwd="/", **streams):
-        """Add and start an exec process."""
+    def exec_request(self, exec_id, arguments, *, cwd="/", **streams):
+        """A request that adds an exec process."""
         spec = {
             "args": arguments,
             "cwd": cwd,
@@ -149,10 +154,13 @@ class RunningShim:
             "terminal": streams.get("terminal", False),
         }
         value = json.dumps(spec).encode()
-        request = shim_pb2.ExecProcessRequest(
+        return shim_pb2.ExecProcessRequest(
             id=self.id, exec_id=exec_id, spec=any_pb2.Any(value=value), **streams
         )
-        await self.call("Exec", request)
+
+    async def exec(self, exec_id, arguments, **more):
+        """Add and start an exec process."""
+        await self.call("Exec", self.exec_request(exec_id, arguments, **more))
         return await self.start(exec_id)
 
     async def state(self, exec_id=""):

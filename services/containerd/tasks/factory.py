@@ -24,6 +24,7 @@ from services.common.background import Background
 from services.common.errors import DeadlineExceeded, Internal, Unavailable
 from services.common.log import request_id
 from services.containerd.tasks.processes import ProcessId
+from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,7 +201,7 @@ class FactoryClient:
         try:
             return await process.wait()
         finally:
-            await _stop(process)
+            await uninterrupted(_stop(process))
 
 
 async def _is_dead(process: asyncio.subprocess.Process) -> bool:

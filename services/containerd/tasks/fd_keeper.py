@@ -8,6 +8,7 @@ is held open here tells it that there is a containerd, and tells us of its end.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from services.common.background import Background
+from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +54,15 @@ class DescriptorKeeper:
         traceback: TracebackType | None,
     ) -> None:
         await self._background.stop()
+
+    def release(self, instance_id: str) -> None:
+        """Have the keeper close what it holds for a shim; one that is not there holds nothing."""
+        message = json.dumps({"op": "remove", "owner": instance_id}).encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.setblocking(False)
+            with suppress(OSError):
+                connection.connect(str(self.path))
+                connection.send(message)
 
     async def _supervise(self) -> None:
         backoff_s = _BACKOFF_S
@@ -97,7 +108,7 @@ class DescriptorKeeper:
         except (TimeoutError, asyncio.CancelledError) as error:
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await uninterrupted(process.communicate())
             if isinstance(error, asyncio.CancelledError):
                 raise
             return f"it did not serve within {_START_LIMIT_S:.0f} s"

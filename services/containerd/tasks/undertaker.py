@@ -42,6 +42,7 @@ from services.containerd.tasks.shim import ProcessExit
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from services.containerd.tasks.fd_keeper import DescriptorKeeper
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.shim import Shim
@@ -63,10 +64,12 @@ class Undertaker:
 
     Args:
         journal: takes what the dead have to say.
+        keeper: holds descriptors of shims, which are of no use any more; None where there is none.
     """
 
-    def __init__(self, journal: TaskJournal) -> None:
+    def __init__(self, journal: TaskJournal, keeper: DescriptorKeeper | None = None) -> None:
         self._journal = journal
+        self._keeper = keeper
 
     async def bury(self, known: KnownShim, reason: str, *, same_boot: bool = True) -> Epitaph:
         """Settle what a shim whose process is gone has left.
@@ -100,6 +103,7 @@ class Undertaker:
         await delete_container(remains, known.id)
         epitaph = Epitaph(known.id, reason, words)
         await asyncio.to_thread(_close_grave, known, epitaph)
+        self._release(known)
         return epitaph
 
     async def remove(self, known: KnownShim, note: dict[str, Any], *, clean: bool) -> None:
@@ -118,7 +122,12 @@ class Undertaker:
             if remains is not None:
                 await delete_container(remains, known.id)
         await asyncio.to_thread(known.bundle.remove)
+        self._release(known)
         await self._journal.forget(known.instance_id)
+
+    def _release(self, known: KnownShim) -> None:
+        if self._keeper is not None and known.instance_id:
+            self._keeper.release(known.instance_id)
 
     async def drain(self, known: KnownShim) -> None:
         """Journal what is on the spool of a shim that does not send any more."""

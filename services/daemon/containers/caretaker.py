@@ -101,10 +101,7 @@ class Caretaker:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                record = self._below.store.get(container_id)
-                if record is not None and record.state is State.EXITED:
-                    # Those who wait for the end are told once the network is free again.
-                    await self._cleaner.release_network(container_id)
+                if await self._tell_the_end(container_id):
                     await self._grace_over.wait()
                 async with self._below.locks.hold(container_id):
                     await self._once(container_id)
@@ -119,6 +116,15 @@ class Caretaker:
                 async with asyncio.timeout(pause_s):
                     await self._retry.wait()
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    async def _tell_the_end(self, container_id: ContainerId) -> bool:
+        """Free the network of a container that has ended: those who wait for its end then know."""
+        async with self._below.locks.hold(container_id):
+            record = self._below.store.get(container_id)
+            ended = record is not None and record.state is State.EXITED
+            if ended:
+                await self._cleaner.release_network(container_id)
+        return ended
 
     async def _once(self, container_id: ContainerId) -> None:
         record = self._below.store.get(container_id)

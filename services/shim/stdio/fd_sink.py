@@ -87,10 +87,13 @@ class FdSink:
         return sink
 
     def _flush(self) -> None:
+        view, written = memoryview(self._waiting), 0
         try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+            while written < len(view):
+                written += os.write(self._fd, view[written:])
+            self._waiting = b""
         except BlockingIOError:
+            self._waiting = bytes(view[written:])
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._fd, self._flush)

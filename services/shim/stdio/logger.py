@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 _READY_LIMIT_S = 10.0
 _END_LIMIT_S = 10.0
+# Between the closing of a dying process' descriptors and the news of its death.
+_DEATH_LIMIT_S = 0.01
 _FIRST_FREE_FD = 10
 
 
@@ -101,8 +103,22 @@ async def start_logger(
         raise FailedPrecondition(
             f"logger {logger.path} was not ready within {_READY_LIMIT_S:.0f} s", field="stdout"
         ) from error
+    if await _is_dead(fds.ready_read, end):
+        fds.close_ours()
+        raise FailedPrecondition(
+            f"logger {logger.path} ended with {end.result().code} before it was ready",
+            field="stdout",
+        )
     os.close(fds.ready_read)
     return LoggerProcess(pid, end, fds.out_write, fds.err_write)
+
+
+async def _is_dead(ready_read: int, end: asyncio.Future[Exit]) -> bool:
+    """Whether it failed instead of being ready: both close its end of the pipe."""
+    if os.read(ready_read, 1):
+        return False
+    await asyncio.wait([end], timeout=_DEATH_LIMIT_S)
+    return end.done() and end.result().code != 0
 
 
 class _Pipes:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import select
 import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
 from tests.fakes.eventually import eventually
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PROGRAM = (sys.executable, "-m", "services.shim")
 
@@ -51,6 +50,30 @@ async def test_keeper_that_is_there_is_used(tmp_path: Path) -> None:
         async with DescriptorKeeper(PROGRAM, path):
             await asyncio.sleep(0)
             assert keeper_pid(path) == first
+
+
+async def test_what_is_released_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "keeper.sock"
+    read, write = os.pipe()
+    async with DescriptorKeeper(PROGRAM, path) as keeper:
+        await eventually(lambda: keeper_pid(path))
+        message = json.dumps({"op": "store", "owner": "i1", "names": ["a"]}).encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as shim:
+            shim.connect(str(path))
+            socket.send_fds(shim, [message], [write])
+        os.close(write)
+        held = select.poll()
+        held.register(read)
+        await eventually(lambda: keeper_holds_a_pipe(path))
+        assert held.poll(0) == []  # not ended: the keeper has the other end
+        keeper.release("i1")
+        await eventually(lambda: held.poll(0))
+    os.close(read)
+
+
+def keeper_holds_a_pipe(path: Path) -> bool:
+    entries = Path(f"/proc/{keeper_pid(path)}/fd").iterdir()
+    return any(str(entry.readlink()).startswith("pipe:") for entry in entries)
 
 
 async def test_program_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None:

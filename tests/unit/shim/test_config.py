@@ -24,6 +24,11 @@ def test_request_becomes_settings_with_defaults_and_unknown_keys_ignored():
     assert config.linger_s == 3.0
 
 
+def test_settings_come_back_from_their_own_request():
+    config = ShimConfig.from_request({**REQUEST, "keeper": "/k.sock", "adopt": True})
+    assert ShimConfig.from_request(json.loads(json.dumps(config.to_request()))) == config
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -37,6 +42,8 @@ def test_request_becomes_settings_with_defaults_and_unknown_keys_ignored():
         ({"runtime_timeout_s": 0}, "runtime_timeout_s"),
         ({"runtime_timeout_s": True}, "runtime_timeout_s"),
         ({"linger_s": "1"}, "linger_s"),
+        ({"adopt": 1}, "adopt"),
+        ({"keeper": "relative"}, "keeper"),
     ],
 )
 def test_bad_setting_is_named(change, field):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench.engines.command import MINIMAL, output
 from tools.bench.engines.engine import CALL_S, ECHO, IDLE, SAID, BenchError, Plan
-from tools.bench.engines.spec import specification
+from tools.bench.engines.spec import write_bundle
 from tools.bench.figures import Role, Subject
 
 if TYPE_CHECKING:
@@ -77,10 +76,7 @@ class Bare:
         return name, os.pidfd_open(int(pid_file.read_text()))
 
     def _bundle(self, directory: Path, plan: Plan) -> Path:
-        directory.mkdir()
-        spec = specification(plan)
-        spec["root"] = {"path": str(self._rootfs)}
-        (directory / "config.json").write_text(json.dumps(spec))
+        write_bundle(directory, plan, root=str(self._rootfs))
         return directory
 
 

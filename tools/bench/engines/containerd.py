@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tools.bench.pictures import Pictures
 
 API = "containerd's"
+METRICS = "metrics.sock"
+"""Below the state directory of Theseus' tiers."""
 
 _CONFIG = """\
 version = 2
@@ -217,6 +219,7 @@ def theseus_containerd(place: Path, root: Path, state: Path) -> Server:
         [
             *(sys.executable, "-m", "services.containerd"),
             *("--root", str(root), "--state", str(state)),
+            *("--metrics-address", f"unix:{state / METRICS}"),
         ],
         address=state / "containerd.sock",
         answers=containerd_api.version,

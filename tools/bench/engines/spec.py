@@ -8,10 +8,9 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tools.bench.engines.engine import Plan
+from tools.bench.engines.engine import Plan
 
 
 def specification(plan: Plan, *, cgroup: str = "") -> dict[str, Any]:
@@ -25,6 +24,14 @@ def specification(plan: Plan, *, cgroup: str = "") -> dict[str, Any]:
         mount = {"destination": target, "type": "bind", "source": source, "options": options}
         spec["mounts"].append(mount)
     return spec
+
+
+def write_bundle(directory: Path, plan: Plan | None = None, *, root: str = "rootfs") -> None:
+    """Write a bundle's configuration; without a plan, of `true`."""
+    directory.mkdir(exist_ok=True)
+    spec = specification(plan or Plan())
+    spec["root"] = {"path": root}
+    (directory / "config.json").write_text(json.dumps(spec))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from protos.theseus.engine.v1 import (
     system_pb2,
     system_pb2_grpc,
 )
-from tools.bench.engines.containerd import theseus_containerd, theseus_tier
+from tools.bench.engines.containerd import METRICS, theseus_containerd, theseus_tier
 from tools.bench.engines.containerd_api import channel_to
 from tools.bench.engines.engine import CALL_S, ECHO, SAID, BenchError, Client, Plan
 from tools.bench.engines.server import Server
@@ -232,6 +232,7 @@ def _daemon(place: Path, containerd: Path) -> Server:
         [
             *(sys.executable, "-m", "services.daemon"),
             *("--root", str(root), "--state", str(state), "--containerd", str(containerd)),
+            *("--metrics-address", f"unix:{state / METRICS}"),
         ],
         address=state / "daemon.sock",
         answers=version,
