@@ -98,9 +98,11 @@ async def test_client_that_goes_is_followed_by_another(shell, tmp_path):
 
 async def test_slow_client_gets_everything_and_does_not_hold_up_the_exit(shell, tmp_path):
     out, err = fifo(tmp_path, "out"), fifo(tmp_path, "err")
+    # Before the process ends, with which its FIFOs do.
+    reading = asyncio.create_task(asyncio.to_thread(err.read_bytes))
     shim = await shell(f"{COUNT} & echo bad >&2; wait", stdout=str(out), stderr=str(err))
     slow = asyncio.create_task(asyncio.to_thread(read_piece, out, len(NUMBERS), 37))
-    assert await asyncio.to_thread(err.read_bytes) == b"bad\n"
+    assert await reading == b"bad\n"
     assert (await shim.wait()).exit_status == 0
     assert await slow == NUMBERS
     await shim.delete()

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import grpc
+
 from tools.bench.engines import CONTAINERDS, DAEMONS
 from tools.bench.engines.bare import Bare
 from tools.bench.figures import Figures, Subject
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from tools.bench.pictures import Pictures
     from tools.bench.scale import Scale
     from tools.bench.stage import Stage
+
+
+_WORDS = 600
 
 
 @dataclass(slots=True)
@@ -35,6 +40,15 @@ class Failure:
     subject: Subject
     what: str
     reason: str
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one line; of several that came together, the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"[:_WORDS]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_WORDS]
 
 
 @dataclass(slots=True)
@@ -71,7 +85,7 @@ class Bench:
             yield outcome
         except Exception as error:
             outcome.well = False
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:600]
+            words = in_words(error)
             self.failures.append(Failure(subject, f"{self.case} {what}".strip(), words))
             self.say(f"  {subject.name}: {words}")
 

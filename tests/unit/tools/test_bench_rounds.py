@@ -1,6 +1,6 @@
 import contextlib
 
-from tools.bench.bench import Bench
+from tools.bench.bench import Bench, in_words
 from tools.bench.figures import Quantity, Role, Subject
 from tools.bench.rounds import Trial, interleave
 from tools.bench.scale import QUICK
@@ -69,3 +69,9 @@ async def test_an_interruption_is_not_a_failure():
         raise KeyboardInterrupt
 
     assert made.failures == []
+
+
+def test_of_errors_that_came_together_the_first_is_told():
+    inner = ExceptionGroup("some", [ValueError("the\n reason"), OSError()])
+
+    assert in_words(ExceptionGroup("outer", [inner])) == "ValueError: the reason"
