@@ -227,9 +227,9 @@ def warm_up() -> None:
     try:
         packing.gather(packing.trace_rehearsal())
         rehearse()
-    except (OSError, TimeoutError, RuntimeError) as error:
-        # A shim works without; it has more memory of its own then.
-        log.warning("rehearsal of a shim failed", error=str(error))
+    except Exception as error:
+        # A shim works without, whatever was wrong; it has more memory of its own then.
+        log.warning("rehearsal of a shim failed", exc_info=error)
 
 
 def _exit_quietly(signum: int, frame: object) -> None:

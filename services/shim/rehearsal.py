@@ -46,24 +46,25 @@ done
 [ -z "$what" ] || { sleep 60 & echo $! > "$pid_file"; }
 """
 _SPEC = '{"ociVersion":"1.0.2","process":{"args":["x"]},"linux":{"namespaces":[{"type":"pid"}]}}'
-_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def rehearse() -> None:
     """Play; blocks for a moment. No thread, no child, no file and no signal handler is left.
 
     Raises:
+        TheseusError: something in it refuses, such as a directory with too long a name.
         TimeoutError: it hangs.
         OSError: there is no shell, or no directory for temporary files.
     """
     least = logs.Logger.least
-    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in _SIGNALS}
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in SIGNALS}
     with (
         _new_directory() as directory,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stderr(nowhere),
     ):
-        runtime = directory / "runtime"
+        runtime = directory / "program"
         runtime.write_text(_RUNTIME)
         runtime.chmod(0o700)
         try:
@@ -81,7 +82,7 @@ def rehearse() -> None:
 @contextlib.contextmanager
 def _new_directory() -> Iterator[Path]:
     # Not by tempfile, which brings random, which seeds itself anew in every forked process.
-    directory = Path(os.environ.get("TMPDIR", "/tmp"), f"theseus-rehearsal-{os.urandom(8).hex()}")
+    directory = Path(os.environ.get("TMPDIR", "/tmp"), f"theseus-{os.urandom(4).hex()}")
     directory.mkdir(mode=0o700)
     try:
         yield directory
@@ -94,8 +95,8 @@ async def _play(bundle: Path, runtime: Path) -> None:
         namespace=_ID,
         id=_ID,
         bundle=bundle,
-        socket=bundle / "s",
-        registry=bundle / "r",
+        socket=bundle.with_name("s"),
+        registry=bundle.with_name("r"),
         instance_id="0" * 32,
     )
     logs.configure("shim", config.log_level)
@@ -200,8 +201,16 @@ class _Details:
 
 
 class _Context:
+    _code: object = None
+
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return (("theseus-request-id", _ID), ("containerd-namespace", _ID))
+
+    def set_code(self, code: object) -> None:
+        self._code = code
+
+    def set_details(self, text: str) -> None:
+        raise RuntimeError(f"a call of the rehearsal failed: {self._code}: {text}")
 
 
 class _Channel:

@@ -16,7 +16,7 @@ from tests.fakes.runtime import install
 from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
 
 # More than a FIFO and what the shim holds for it take.
-MANY = 40_000
+MANY = 500_000
 NUMBERS = b"".join(b"%d\n" % number for number in range(1, MANY + 1))
 COUNT = f"seq 1 {MANY}"
 
@@ -55,16 +55,35 @@ def fifo(directory: Path, name: str) -> Path:
     return path
 
 
-def read_piece(path: Path, limit: int, piece: int = 65536) -> bytes:
-    """What a client reads that goes away after ``limit`` bytes."""
-    fd = os.open(path, os.O_RDONLY)
+async def read(path: Path, limit: int = len(NUMBERS) + 1, piece: int = 65536) -> bytes:
+    """What a client reads that comes now, and goes after ``limit`` bytes or at the end."""
+    loop = asyncio.get_running_loop()
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    found, readable = bytearray(), asyncio.Event()
+    loop.add_reader(fd, readable.set)
     try:
-        found = b""
-        while len(found) < limit and (data := os.read(fd, min(piece, limit - len(found)))):
+        while len(found) < limit:
+            # Before the first writer has come there is nothing to read, nor an end (poll(2)).
+            await readable.wait()
+            readable.clear()
+            try:
+                data = os.read(fd, min(piece, limit - len(found)))
+            except BlockingIOError:
+                continue
+            if not data:
+                break
             found += data
-        return found
+        return bytes(found)
     finally:
+        loop.remove_reader(fd)
         os.close(fd)
+
+
+def write(path: Path, text: bytes) -> None:
+    """What a client writes that comes and goes; the shim has to be there."""
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.write(fd, text)
+    os.close(fd)
 
 
 def waits_to_write(pid: int) -> bool:
@@ -82,16 +101,16 @@ async def test_client_that_comes_late_gets_everything(shell, tmp_path):
     pid = (await shim.state()).pid
     await eventually(lambda: waits_to_write(pid))
     assert (await shim.state()).status == task_pb2.RUNNING
-    assert await asyncio.to_thread(out.read_bytes) == NUMBERS
+    assert await read(out) == NUMBERS
     assert (await waiting).exit_status == 0
 
 
 async def test_client_that_goes_is_followed_by_another(shell, tmp_path):
     out = fifo(tmp_path, "out")
     shim = await shell(COUNT, stdout=str(out))
-    first = await asyncio.to_thread(read_piece, out, 50_000)
-    second = await asyncio.to_thread(read_piece, out, 1)
-    third = await asyncio.to_thread(out.read_bytes)
+    first = await read(out, 50_000)
+    second = await read(out, 1)
+    third = await read(out)
     assert first + second + third == NUMBERS
     assert (await shim.wait()).exit_status == 0
 
@@ -99,9 +118,9 @@ async def test_client_that_goes_is_followed_by_another(shell, tmp_path):
 async def test_slow_client_gets_everything_and_does_not_hold_up_the_exit(shell, tmp_path):
     out, err = fifo(tmp_path, "out"), fifo(tmp_path, "err")
     # Before the process ends, with which its FIFOs do.
-    reading = asyncio.create_task(asyncio.to_thread(err.read_bytes))
+    reading = asyncio.create_task(read(err))
     shim = await shell(f"{COUNT} & echo bad >&2; wait", stdout=str(out), stderr=str(err))
-    slow = asyncio.create_task(asyncio.to_thread(read_piece, out, len(NUMBERS), 37))
+    slow = asyncio.create_task(read(out, piece=997))
     assert await reading == b"bad\n"
     assert (await shim.wait()).exit_status == 0
     assert await slow == NUMBERS
@@ -118,9 +137,9 @@ async def test_output_that_nobody_ever_reads_holds_up_neither_exit_nor_delete(sh
 async def test_input_comes_from_one_client_after_the_other_until_it_is_closed(shell, tmp_path):
     inp, out = fifo(tmp_path, "in"), fifo(tmp_path, "out")
     shim = await shell("cat; echo end", stdin=str(inp), stdout=str(out))
-    reading = asyncio.create_task(asyncio.to_thread(out.read_bytes))
-    for text in ("one\n", "two\n"):
-        await asyncio.to_thread(inp.write_text, text)
+    reading = asyncio.create_task(read(out))
+    for text in (b"one\n", b"two\n"):
+        write(inp, text)
     await shim.call("CloseIO", shim_pb2.CloseIORequest(id=shim.id, stdin=True))
     assert await reading == b"one\ntwo\nend\n"
     assert (await shim.wait()).exit_status == 0
@@ -129,10 +148,10 @@ async def test_input_comes_from_one_client_after_the_other_until_it_is_closed(sh
 async def test_terminal_and_exec_use_fifos_too(shell, tmp_path):
     out, exec_out, exec_in = (fifo(tmp_path, name) for name in ("out", "exec-out", "exec-in"))
     shim = await shell("test -t 1 && echo tty; sleep 1000", stdout=str(out), terminal=True)
-    assert await asyncio.to_thread(read_piece, out, 5) == b"tty\r\n"
+    assert await read(out, 5) == b"tty\r\n"
     await shim.exec("e", ["/bin/cat"], stdin=str(exec_in), stdout=str(exec_out))
-    reading = asyncio.create_task(asyncio.to_thread(exec_out.read_bytes))
-    await asyncio.to_thread(exec_in.write_text, "through\n")
+    reading = asyncio.create_task(read(exec_out))
+    write(exec_in, b"through\n")
     await shim.call("CloseIO", shim_pb2.CloseIORequest(id=shim.id, exec_id="e", stdin=True))
     assert await reading == b"through\n"
     assert (await shim.wait("e")).exit_status == 0

@@ -213,11 +213,29 @@ def load(state):
 
 
 def start(state, options, names, lie):
-    load(state)
-    try:
-        os.close(os.open(state / "start", os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:
-        raise Failure("cannot start an already running container") from None
+    known = load(state)
+    if known["status"] != "created":
+        raise Failure("cannot start an already running container")
+    open_gate(state / "start", known["pid"])
+    (state / "state.json").write_text(json.dumps({**known, "status": "running"}))
+
+
+def open_gate(gate, pid):
+    """Let the waiting process go; on a busy machine it may not have come to the gate yet."""
+    while True:
+        try:
+            os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            if not is_alive(pid):
+                raise Failure("cannot start a container that has stopped") from None
+            time.sleep(0.002)
+        else:
+            return
+
+
+def is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
 
 
 def execute(state, options, names, lie):
@@ -248,8 +266,7 @@ def update(state, options, names, lie):
 
 def delete(state, options, names, lie):
     pid = load(state)["pid"]
-    stat = Path(f"/proc/{pid}/stat")
-    alive = stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    alive = is_alive(pid)
     if alive and "--force" not in options:
         raise Failure(f"cannot delete container {names[0]} that is not stopped: running")
     if alive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from tools.bench.engines.engine import IDLE, BenchError, Plan
@@ -65,8 +65,11 @@ async def fleet(engine: Engine, size: int = 0) -> AsyncIterator[Fleet]:
     try:
         await ships.grow(size)
         yield ships
-    finally:
-        await ships.destroy()
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what counts
+            await ships.destroy()
+        raise
+    await ships.destroy()
 
 
 async def concurrently(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Measure(enum.StrEnum):
     """How our figure is looked at."""
 
-    TO_PEER = "x the peer"
-    TO_LIMIT = "x the limit"
+    TO_PEER = "times the peer"
+    TO_LIMIT = "times the limit"
     ITSELF = ""
 
 
@@ -98,7 +98,7 @@ def verdicts(figures: Figures) -> Iterator[Verdict]:
             continue
         more = ours.quantity.unit.more_is_better
         reached = value >= goal.bound if more else value <= goal.bound
-        unit = goal.measure.value or f" {ours.quantity.unit}"
+        unit = f" {goal.measure or ours.quantity.unit}"
         yield Verdict(goal, value, reached=reached, unit=unit)
 
 

@@ -40,8 +40,9 @@ def pss_mib(pid: int) -> float:
 def processes(directory: str) -> dict[int, list[str]]:
     """Command lines of an engine's processes, by process id."""
     argv = {pid: words for pid, words in _commands() if words and _pid_namespace(pid) == _OURS}
-    parents = {pid: _parent(pid) for pid in argv}
-    named = {pid for pid, words in argv.items() if any(directory in word for word in words)}
+    parents = {pid: parent(pid) for pid in argv}
+    inside = f"{directory}/"
+    named = {pid for pid, words in argv.items() if any(inside in word for word in words)}
 
     def belongs(pid: int) -> bool:
         while pid in argv:
@@ -53,15 +54,23 @@ def processes(directory: str) -> dict[int, list[str]]:
     return {pid: words for pid, words in argv.items() if belongs(pid)}
 
 
+def command(pid: int) -> list[str]:
+    """A process's command line; empty if it has ended."""
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+    return [word for word in words if word]
+
+
 def _commands() -> Iterator[tuple[int, list[str]]]:
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            with suppress(OSError):
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                yield int(entry.name), [word for word in words if word]
+            yield int(entry.name), command(int(entry.name))
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
+    """Process id of a process's parent; 0 if it has none, or has ended."""
     try:
         # proc_pid_stat(5): the command in parentheses may hold anything.
         return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])

@@ -1,13 +1,11 @@
 """Where the engines stand: private mounts of a sandbox, gone with its mount namespace.
 
-    <directory>/            tmpfs; all that follows lies in it
-      <name>/root           a fresh ext4 in a file that has no name any more, one per engine
-      <name>/...            sockets and state, as on the tmpfs that /run is elsewhere
     /run                    an empty tmpfs
+      bench/<name>/root     a fresh ext4 in a file that has no name any more, one per engine
+      bench/<name>/...      sockets and state
     /etc /root /var/lib     writable copies, for those who write where they were not told to
 
-A loop device frees itself when it is unmounted, so that even SIGKILL leaves no more than an empty
-directory.
+A loop device frees itself when it is unmounted, so that even SIGKILL leaves nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +13,12 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from services.common import linux
 from tools.sandbox import MARK
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+_DIRECTORY = Path("/run/bench")
 _COPIES = (Path("/etc"), Path("/root"), Path("/var/lib"))
 _DISK_BYTES = 4 << 30
 _FLUSHES_FIELD = 15
@@ -51,8 +45,7 @@ class Stage:
         return place
 
 
-@contextmanager
-def built() -> Iterator[Stage]:
+def build() -> Stage:
     """Set the stage.
 
     Raises:
@@ -60,16 +53,11 @@ def built() -> Iterator[Stage]:
     """
     if MARK not in os.environ:
         raise RuntimeError("the bench changes mounts and networks: use make bench")
-    directory = Path(tempfile.mkdtemp(prefix="theseus-bench-", dir="/tmp"))
-    try:
-        linux.mount("tmpfs", directory, fstype="tmpfs", data="mode=755")
-        for original in _COPIES:
-            _copy(original, directory / "copies" / original.name)
-        linux.mount("tmpfs", "/run", fstype="tmpfs", data="mode=755")
-        yield Stage(directory)
-    finally:
-        linux.umount(directory, linux.MNT_DETACH)
-        directory.rmdir()
+    linux.mount("tmpfs", _DIRECTORY.parent, fstype="tmpfs", data="mode=755")
+    _DIRECTORY.mkdir()
+    for original in _COPIES:
+        _copy(original, _DIRECTORY / "copies" / original.name)
+    return Stage(_DIRECTORY)
 
 
 def flushes(path: Path) -> int:

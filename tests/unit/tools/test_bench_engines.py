@@ -85,16 +85,17 @@ def test_processes_of_an_engine_are_found_by_its_directory_with_their_children(t
         "child.communicate()\n"
     )
     engine = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
+        [sys.executable, "-c", script, str(tmp_path / "engine" / "socket")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         child = int(engine.stdout.readline())
-        found = processes(str(tmp_path))
+        found = processes(str(tmp_path / "engine"))
         assert set(found) == {engine.pid, child}
-        assert found[engine.pid][-1] == str(tmp_path)
+        assert found[engine.pid][-1] == str(tmp_path / "engine" / "socket")
+        assert processes(str(tmp_path / "eng")) == {}  # another engine's, whose name is shorter
         assert 0 < pss_mib(child) < 100
     finally:
         engine.communicate("\n")

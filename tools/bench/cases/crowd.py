@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench.case import Case
 from tools.bench.cases.run import run_once
-from tools.bench.engines.engine import Engine, Plan
+from tools.bench.engines.engine import BenchError, Engine, Plan
 from tools.bench.figures import Quantity, Subject
 from tools.bench.fleet import fleet
 from tools.bench.rounds import Stopwatch, Trial, interleave
@@ -38,13 +38,24 @@ async def _run(bench: Bench, engine: Engine, size: int) -> None:
     quantity = crowd_quantity(engine, size)
     bare = bench.bare()
 
+    async def listing(watch: Stopwatch) -> None:
+        what = f"list of what runs through {engine.api} API"
+        with watch(Quantity("crowd", what, at=size, axis="containers running")):
+            count = await engine.running()
+        if count < size:
+            raise BenchError(f"{count} of {size} containers are listed as running")
+
     async def limit(watch: Stopwatch) -> None:
         with watch(quantity):
             await bare.run("runc")
 
     subject = Subject("bare runc", bare.subject.role)
     once = partial(run_once, engine, Plan(), quantity)
-    trials = [Trial(engine.subject, once, quantity.what), Trial(subject, limit, "bare runc")]
+    trials = [
+        Trial(engine.subject, once, quantity.what),
+        Trial(engine.subject, listing, "list"),
+        Trial(subject, limit, "bare runc"),
+    ]
     await interleave(bench, trials, max(2, bench.scale.rounds // 3))
 
 
@@ -52,6 +63,7 @@ CROWD = Case(
     "crowd",
     "Run-to-exit in a crowd",
     "Run-to-exit while idle containers of the same engine run beside it, and the bare runtime in "
-    "the same crowds: what the kernel takes more, nobody can do without.",
+    "the same crowds: what the kernel takes more, nobody can do without. And a list of the tasks "
+    "(through containerd's API) or containers, with the state of each.",
     _measure,
 )

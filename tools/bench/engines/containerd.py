@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from tools.bench import memory
 from tools.bench.engines import containerd_api
 from tools.bench.engines.command import MINIMAL, output
 from tools.bench.engines.containerd_api import ContainerdApi
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tools.bench.pictures import Pictures
 
 API = "containerd's"
+_INIT = 1
 METRICS = "metrics.sock"
 """Below the state directory of Theseus' tiers."""
 
@@ -176,8 +178,7 @@ class TheseusContainerd(_Containerd):
 
     def tier(self, pid: int, argv: Sequence[str]) -> str:
         """See Engine."""
-        del argv
-        return theseus_tier(pid)
+        return theseus_tier(pid, argv)
 
 
 class DebianContainerd(_Containerd):
@@ -227,7 +228,14 @@ def theseus_containerd(place: Path, root: Path, state: Path) -> Server:
     )
 
 
-def theseus_tier(pid: int) -> str:
-    """Shims are named, since they are forks; the factory and the unpackers are containerd's."""
-    name = Path(f"/proc/{pid}/comm").read_text().strip()
-    return "shim" if name == "theseus-shim" else "containerd"
+def theseus_tier(pid: int, argv: Sequence[str]) -> str:
+    """Which tier a process of Theseus belongs to, if not to the daemon.
+
+    A shim is a fork of the factory and has its command line; the factory may be gone by now. The
+    factory, the keeper of descriptors and the unpackers are containerd's.
+    """
+    if "factory" not in argv:
+        return "containerd"
+    above = memory.parent(pid)
+    forked = above == _INIT or "factory" in memory.command(above)
+    return "shim" if forked else "containerd"

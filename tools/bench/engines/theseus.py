@@ -214,7 +214,7 @@ class Theseus:
 
     def tier(self, pid: int, argv: Sequence[str]) -> str:
         """See Engine."""
-        return "daemon" if "services.daemon" in argv else theseus_tier(pid)
+        return "daemon" if "services.daemon" in argv else theseus_tier(pid, argv)
 
     async def _list(self) -> Sequence[containers_pb2.Container]:
         request = containers_pb2.ListContainersRequest(all=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _INTRODUCTION = """\
 # Results
 
-Made by `make bench`{quick} on {date}; it took {minutes:.0f} minutes. Everything was measured in
+Made by `make bench{quick}` on {date}; it took {minutes:.0f} minutes. Everything was measured in
 one run, interleaved, with the same images, runtimes and options. **Only ratios within one run
 count**: others share the machine, and its load before this run was {load:.1f} on {cores} cores.
 """
@@ -84,10 +84,11 @@ def _goals(run: Run) -> Iterator[str]:
     for verdict in verdicts(run.figures):
         goal = verdict.goal
         peer = f" ({goal.peer})" if goal.peer else ""
-        unit = "" if goal.measure is Measure.ITSELF else f" {goal.measure}{peer}"
-        value = "not measured" if verdict.value is None else f"{verdict.value:.2f}"
+        of = "" if goal.measure is Measure.ITSELF else f", {goal.measure}{peer}"
+        unit = verdict.unit if goal.measure is Measure.ITSELF else "x"
+        value = "not measured" if verdict.value is None else f"{verdict.value:.2f}{unit}"
         word = "" if verdict.value is None else "yes" if verdict.reached else "**no**"
-        rows.append((f"{goal.what}{unit}", f"{goal.bound:g}", value, word))
+        rows.append((f"{goal.what}{of}", f"{goal.bound:g}", value, word))
     yield from _table(("figure", "goal", "found", "reached"), rows)
 
 

@@ -35,7 +35,7 @@ def _lines(run: Run) -> Iterator[str]:
             word = "reached" if verdict.reached else "not yet"
             goal = verdict.goal
             yield (
-                f"  {word}  {verdict.value:8.2f}{verdict.unit:12} goal {goal.bound:<6g} {goal.what}"
+                f"  {word}  {verdict.value:8.2f}{verdict.unit:16} goal {goal.bound:<6g} {goal.what}"
             )
     for absence in run.absences:
         yield f"  not measured: {absence.subject}, {absence.what}: {absence.reason}"
