@@ -112,6 +112,7 @@ _libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.unshare.argtypes = [ctypes.c_int]
 _libc.inotify_init1.argtypes = [ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+_libc.inotify_rm_watch.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 _libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.malloc.argtypes = [ctypes.c_size_t]
@@ -286,6 +287,12 @@ def inotify_init() -> int:
 def inotify_add_watch(fd: int, path: str | Path, mask: int) -> int:
     """Watch ``path`` (inotify_add_watch(2)); returns the watch descriptor."""
     return _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), str(path))
+
+
+def inotify_remove_watch(fd: int, watch: int) -> None:
+    """End a watch; one that ended with its directory is passed over (inotify_rm_watch(2))."""
+    if _libc.inotify_rm_watch(fd, watch) < 0 and ctypes.get_errno() != errno.EINVAL:
+        _check(-1, "inotify_rm_watch")
 
 
 def inotify_read(fd: int) -> list[InotifyEvent]:

@@ -49,6 +49,7 @@ from services.daemon.containers.below import Below, no_trace
 from services.daemon.containers.caretaker import Caretaker
 from services.daemon.containers.cleanup import Cleaner
 from services.daemon.containers.create import Creator
+from services.daemon.containers.directory_watch import DirectoryWatch
 from services.daemon.containers.exec import Execs
 from services.daemon.containers.exec_store import ExecStore
 from services.daemon.containers.files import ContainerFiles
@@ -120,6 +121,7 @@ class App:
         self._background = Background()
         self._sessions = Sessions()
         self._draining = Draining()
+        self._watch = DirectoryWatch()
         self._registry = CollectorRegistry()
         self._metrics = DaemonMetrics(self._registry)
         self._host = HostFacts.read()
@@ -152,6 +154,7 @@ class App:
         self._connection = Connection(config.containerd, config.namespace)
         stack.push_async_callback(self._connection.close)
         self._build()
+        stack.callback(self._watch.close)
         await self._restore()
         await self._runtimes.probe()
         stack.push_async_callback(self._below.store.close)
@@ -214,7 +217,7 @@ class App:
 
     def _build_verbs(self, cleaner: Cleaner, remover: Remover, reconciler: Reconciler) -> None:
         below = self._below
-        logs = Logs(below.store, below.files)
+        logs = Logs(below.store, below.files, self._watch)
         self._execs = Execs(
             below,
             host=self._host,

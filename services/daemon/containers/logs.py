@@ -7,25 +7,22 @@ is belongs to the reader: after a restart of the daemon a client asks again with
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from services.common import linux
 from services.daemon.containers.logfile import LogCursor, LogEntry
 from services.daemon.containers.runtime import StreamKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncGenerator
 
+    from services.daemon.containers.directory_watch import DirectoryWatch
     from services.daemon.containers.files import ContainerFiles
     from services.daemon.containers.record import ContainerId
     from services.daemon.containers.store import ContainerStore
 
-_MASK = linux.IN_MODIFY | linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_MOVED_FROM
 _BOTH = frozenset({StreamKind.STDOUT, StreamKind.STDERR})
 
 
@@ -50,7 +47,8 @@ class LogSelection:
 class Logs:
     """Reads the logs of containers."""
 
-    def __init__(self, store: ContainerStore, files: ContainerFiles) -> None:
+    def __init__(self, store: ContainerStore, files: ContainerFiles, watch: DirectoryWatch) -> None:
+        self._watch = watch
         self._store = store
         self._files = files
 
@@ -59,7 +57,10 @@ class Logs:
     ) -> AsyncGenerator[list[LogEntry], None]:
         """Entries in order, several at a time, each list with one at least."""
         path = self._files.log_path(container_id)
-        with self._store.watching(container_id) as changed, _watching(path.parent, changed):
+        with ExitStack() as stack:
+            changed = stack.enter_context(self._store.watching(container_id))
+            if selection.follow:
+                stack.enter_context(self._watch.watching(path.parent, changed))
             cursor = LogCursor(path)
             try:
                 await asyncio.to_thread(_seek, cursor, selection)
@@ -133,23 +134,3 @@ async def _changed(changed: asyncio.Event, until_ns: int) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-@contextmanager
-def _watching(directory: Path, changed: asyncio.Event) -> Iterator[None]:
-    """Set ``changed`` whenever something in ``directory`` changes, which may not exist yet."""
-    loop = asyncio.get_running_loop()
-    fd = linux.inotify_init()
-
-    def note() -> None:
-        linux.inotify_read(fd)
-        changed.set()
-
-    try:
-        if directory.is_dir():
-            linux.inotify_add_watch(fd, directory, _MASK)
-            loop.add_reader(fd, note)
-        yield
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
