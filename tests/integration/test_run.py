@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.theseus import ended, until
+from tools.image import BUSYBOX
 
 pytestmark = pytest.mark.root
 
@@ -159,6 +160,14 @@ def test_without_interactive_there_is_no_input(theseus):
 def test_much_output_comes_whole(theseus, runtime):
     result = theseus.run("--runtime", runtime, "--", "seq", "1", "100000")
     assert result.out == "".join(f"{number}\n" for number in range(1, 100_001))
+
+
+def test_bytes_that_are_no_text_come_whole(theseus):
+    # For the log they are lost, as in every log of JSON; for who is attached they are not.
+    process = theseus.spawn(*["run", "--rm", theseus.image, "cat", "/bin/busybox"], text=False)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out == BUSYBOX.read_bytes()
 
 
 def test_a_terminal(theseus, runtime):

@@ -75,7 +75,7 @@ class Theseus:
         """Start a command without waiting for it."""
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen(
-            [*CLI, *arguments], text=True, env=self.environment, **(streams | kwargs)
+            [*CLI, *arguments], env=self.environment, **(streams | {"text": True} | kwargs)
         )
 
     def inspect(self, name):

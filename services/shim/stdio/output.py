@@ -2,7 +2,9 @@
 
 Both streams are numbered together, in the order in which the shim read them: a single offset says
 how far a reader has come. The newest bytes are in memory. Where there is a log, older ones are read
-back from it, so a slow reader holds up nobody. Where there is none, the process waits for the
+back from it, so a slow reader holds up nobody; but bytes that are no UTF-8 cannot be had from a log
+of JSON, so as moby does the process waits for whoever is attached and has not read them yet, once
+``AHEAD_MAX_BYTES`` of memory are full of them. Where there is no log, the process waits for the
 slowest reader: reading from the pipe stops while more than ``AHEAD_MAX_BYTES`` are unread. Bytes
 that were handed to a reader stay for a while (``HISTORY_BYTES``), because what was under way when a
 connection broke is asked for again. Once the last reader is gone the process waits for
@@ -63,6 +65,7 @@ class _Chunk:
     stream: str
     stream_end: int
     data: bytes | bytearray = field(repr=False)
+    is_text: bool | None = None  # None: not looked at yet
 
 
 class Output:
@@ -97,6 +100,7 @@ class Output:
         self._readers: set[OutputReader] = set()
         self._read_until = 0
         self._dropping = False
+        self._keeping = False  # what no log can give back
         self._grace: asyncio.TimerHandle | None = None
         self._ready_callbacks: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
@@ -112,7 +116,7 @@ class Output:
     def ready(self) -> bool:
         """Whether the process may write on."""
         if self._log is not None:
-            return self._log.ready
+            return self._log.ready and not self._full
         return self._dropping or self.end - self._floor() < AHEAD_MAX_BYTES
 
     @property
@@ -122,7 +126,7 @@ class Output:
 
     def when_ready(self, callback: Callable[[], None]) -> None:
         """See :meth:`Sink.when_ready`."""
-        if self._log is not None:
+        if self._log is not None and not self._full:
             self._log.when_ready(callback)
         elif self.ready:
             self._loop.call_soon(callback)
@@ -288,6 +292,7 @@ class Output:
             if isinstance(last.data, bytes):
                 last.data = bytearray(last.data)
             last.data += data
+            last.is_text = None
             last.stream_end += len(data)
             return
         self._held_bytes += _CHUNK_COST_BYTES
@@ -299,6 +304,9 @@ class Output:
             oldest = self._chunks[0]
             if self._log is not None and not self._is_logged(oldest):
                 return
+            self._keeping = self._log is not None and self._is_only_here(oldest)
+            if self._keeping:
+                return
             if self._log is None and not self._dropping and self._is_unread(oldest):
                 return
             if self._log is None and self._is_unread(oldest):
@@ -306,6 +314,19 @@ class Output:
             self._chunks.popleft()
             self._first_chunk += 1
             self._held_bytes -= len(oldest.data) + _CHUNK_COST_BYTES
+
+    @property
+    def _full(self) -> bool:
+        return self._keeping and self._held_bytes > LOGGED_RING_BYTES + AHEAD_MAX_BYTES
+
+    def _is_only_here(self, chunk: _Chunk) -> bool:
+        """Whether somebody is attached who has yet to read what the log cannot give back."""
+        if not self._readers or not self._is_unread(chunk):
+            return False
+        if chunk.is_text is None:
+            # A character that two chunks share makes both no text: they are kept a little longer.
+            chunk.is_text = _is_text(chunk.data)
+        return not chunk.is_text
 
     def _limit(self) -> int:
         if self._log is not None:
@@ -349,10 +370,23 @@ class Output:
         self._call_ready()
 
     def _call_ready(self) -> None:
-        if self._log is None and self.ready and self._ready_callbacks:
+        if self._keeping:
+            self._evict()
+        if self._ready_callbacks and not self._full and (self._log is not None or self.ready):
             callbacks, self._ready_callbacks = self._ready_callbacks, []
             for callback in callbacks:
-                callback()
+                if self._log is not None:
+                    self._log.when_ready(callback)
+                else:
+                    callback()
+
+
+def _is_text(data: bytes | bytearray) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class ReadAhead:

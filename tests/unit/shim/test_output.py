@@ -164,6 +164,47 @@ async def test_slow_reader_is_served_from_the_log(logged):
     reader.close()
 
 
+async def test_bytes_that_a_log_cannot_keep_wait_for_who_is_attached(logged):
+    reader = logged.attach(0, from_end=False, follow=True)
+    whole = random.Random(3).randbytes(80 * 65536)
+    pieces = [whole[at : at + 65536] for at in range(0, len(whole), 65536)]
+    sent = 0
+    while logged.ready:
+        logged.write("stdout", pieces[sent])
+        await logged.settle()
+        sent += 1
+    assert sent < len(pieces)
+
+    async def write_on():
+        for piece in pieces[sent:]:
+            ready = asyncio.Event()
+            logged.when_ready(ready.set)
+            await ready.wait()
+            logged.write("stdout", piece)
+        logged.finish("stdout")
+        logged.finish("stderr")
+
+    async with asyncio.timeout(30):
+        writing = asyncio.create_task(write_on())
+        found = await read_all(reader)
+        await writing
+    assert not [piece for piece in found if isinstance(piece, Gap)]
+    assert joined(found) == {"stdout": whole}
+
+
+async def test_a_reader_that_leaves_holds_up_nobody(logged):
+    reader = logged.attach(0, from_end=False, follow=True)
+    while logged.ready:
+        logged.write("stdout", b"\xff" * 65536)
+        await logged.settle()
+    ready = asyncio.Event()
+    logged.when_ready(ready.set)
+    logged.detach(reader)
+    async with asyncio.timeout(10):
+        await ready.wait()
+    assert logged.ready
+
+
 async def test_many_small_writes_take_little_memory(stream):
     reader = stream.attach(0, from_end=False, follow=True)
     for _ in range(20000):
