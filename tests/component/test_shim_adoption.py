@@ -136,7 +136,7 @@ async def test_terminal_input_and_exec_go_on(shell, maker):
 
 async def test_client_behind_is_told_what_is_missing(shell, maker, tmp_path):
     uri = f"theseus-log://{tmp_path}/c.log"
-    shim = await shell("echo hello; sleep 1000", stdout=uri)
+    shim = await shell("echo hello; exec sleep 1000", stdout=uri)
     async with shim.attach(output=True) as attached:
         await attached.read_until(b"hello\n")
     await shim.die()
@@ -176,7 +176,7 @@ async def test_adopted_shim_can_be_reexecuted(shell, maker, tmp_path):
 
 
 async def test_without_a_keeper_the_container_goes_on_without_streams(shell, maker, keeper):
-    shim = await shell("sleep 1000", stdout=STREAM, stdin=STREAM)
+    shim = await shell("exec sleep 1000", stdout=STREAM, stdin=STREAM)
     keeper.kill()
     await shim.die()
     shim = await maker.adopt(shim)
@@ -189,7 +189,7 @@ async def test_without_a_keeper_the_container_goes_on_without_streams(shell, mak
 
 
 async def test_status_that_nobody_can_know_is_reported_lost(shell, maker, keeper, registry):
-    shim = await shell("sleep 1000")
+    shim = await shell("exec sleep 1000")
     pid = (await shim.state()).pid
     keeper.kill()
     await shim.die()
@@ -206,7 +206,7 @@ async def test_status_that_nobody_can_know_is_reported_lost(shell, maker, keeper
 
 
 async def test_shims_store_again_with_a_new_keeper(shell, maker, keeper):
-    shim = await shell("sleep 1000", stdout=STREAM)
+    shim = await shell("exec sleep 1000", stdout=STREAM)
     await eventually(lambda: keeper.held() >= 3)  # pipe, pidfd, meter
     full = keeper.held()
     keeper.kill()

@@ -147,7 +147,7 @@ async def test_input_comes_from_one_client_after_the_other_until_it_is_closed(sh
 
 async def test_terminal_and_exec_use_fifos_too(shell, tmp_path):
     out, exec_out, exec_in = (fifo(tmp_path, name) for name in ("out", "exec-out", "exec-in"))
-    shim = await shell("test -t 1 && echo tty; sleep 1000", stdout=str(out), terminal=True)
+    shim = await shell("test -t 1 && echo tty; exec sleep 1000", stdout=str(out), terminal=True)
     assert await read(out, 5) == b"tty\r\n"
     await shim.exec("e", ["/bin/cat"], stdin=str(exec_in), stdout=str(exec_out))
     reading = asyncio.create_task(read(exec_out))
