@@ -6,21 +6,6 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Mapping
-
-
-class SnapshotEvents(Protocol):
-    """Where what happens to snapshots is told."""
-
-    def append(
-        self,
-        tx: sqlite3.Connection,
-        namespace: str,
-        topic: str,
-        type_name: str,
-        fields: Mapping[str, object],
-    ) -> None:
-        """Journal an event: it is there if and only if the transaction is."""
 
 
 class SnapshotLeases(Protocol):

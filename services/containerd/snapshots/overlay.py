@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from services.common.database import Database
-    from services.containerd.snapshots.collaborators import SnapshotEvents, SnapshotLeases
+    from services.containerd.events.sink import EventSink
+    from services.containerd.snapshots.collaborators import SnapshotLeases
 
 log = structlog.get_logger(__name__)
 
@@ -77,7 +78,7 @@ class OverlaySnapshotter:
         root: Path,
         db: Database,
         *,
-        events: SnapshotEvents,
+        events: EventSink,
         leases: SnapshotLeases,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
