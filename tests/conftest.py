@@ -13,6 +13,7 @@ _NOT_IN_SANDBOX = (
 )
 _BEFORE = pytest.StashKey[leaks.Traces]()
 _LEFT = pytest.StashKey[list]()
+_SEEN = pytest.StashKey[dict]()
 
 
 def _is_root():
@@ -25,7 +26,8 @@ def _in_sandbox():
 
 def pytest_configure(config):
     if _is_root() and _in_sandbox():
-        config.stash[_BEFORE] = leaks.taken()
+        config.stash[_BEFORE] = before = leaks.taken()
+        config.stash[_SEEN] = dict.fromkeys(before.beyond(leaks.NOTHING), "before the tests")
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +45,14 @@ def pytest_runtest_setup(item):
         and os.environ.get("THESEUS_TEST_HOST") != "1"
     ):
         pytest.fail(_NOT_IN_SANDBOX, pytrace=False)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Notes after which file a trace was first there, to say whose it is if it stays."""
+    seen = item.config.stash.get(_SEEN, None)
+    if seen is not None and (nextitem is None or nextitem.path != item.path):
+        for trace in leaks.taken().beyond(leaks.NOTHING):
+            seen.setdefault(trace, f"since {item.path.name}")
 
 
 def pytest_sessionfinish(session):
@@ -65,6 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if left:
         terminalreporter.section("left behind", red=True)
         for line in left:
-            terminalreporter.write_line(line, red=True)
+            since = config.stash[_SEEN].get(line, "since the end")
+            terminalreporter.write_line(f"{line} ({since})", red=True)
     elif left is not None:
         terminalreporter.write_line("nothing was left behind", green=True)

@@ -46,6 +46,10 @@ class Traces:
         ]
 
 
+NOTHING = Traces(*[frozenset[str]()] * len(fields(Traces)))
+"""No trace of any kind."""
+
+
 def taken() -> Traces:
     """The traces that are there now."""
     return Traces(
