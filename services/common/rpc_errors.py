@@ -41,6 +41,8 @@ _CODES: dict[type[errors.TheseusError], grpc.StatusCode] = {
     errors.Internal: grpc.StatusCode.INTERNAL,
 }
 _CLASSES = {code: kind for kind, code in _CODES.items()}
+_BROKEN_WRITE = "Internal error from Core"
+"""How grpc.aio ends a call, with INTERNAL, whose connection broke while a request was written."""
 
 
 def code_of(error: errors.TheseusError) -> grpc.StatusCode:
@@ -64,6 +66,8 @@ def to_status(
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.TheseusError:
     """The exception that a peer of ours raised, or the nearest to what another program meant."""
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_WRITE:
+        return errors.Unavailable("the connection broke while a request was written")
     kind = _CLASSES.get(error.code(), errors.Internal)
     message = error.details() or f"{error.code().name.lower()} without a message"
     for key, value in error.trailing_metadata() or ():

@@ -6,6 +6,7 @@ import stat
 import grpc
 import pytest
 import structlog
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -112,6 +113,28 @@ async def test_a_fault_of_ours_reaches_the_client_without_its_text(server):
             await stub.Get(namespace_pb2.GetNamespaceRequest(), timeout=10)
     assert "secret" not in caught.value.message
     assert "see the log for request" in caught.value.message
+
+
+async def test_a_connection_that_breaks_under_a_write_is_unavailable(server):
+    socket, _, _ = server
+
+    class Breaking:
+        """grpc's call whose transport refuses what is written, as when its server was killed."""
+
+        def __init__(self, call):
+            self._call = call
+
+        def __getattr__(self, name):
+            return getattr(self._call, name)
+
+        async def send_serialized_message(self, message):
+            raise cygrpc.InternalError("Failed execute_batch")
+
+    async with connect(socket) as channel:
+        call = channel.stream_stream("/test.Nobody/Talk")(timeout=10)
+        call._cython_call = Breaking(call._cython_call)
+        with pytest.raises(errors.Unavailable), translated():
+            await call.write(b"hello")
 
 
 async def test_request_id_and_namespace_travel_with_the_call(server):
