@@ -46,7 +46,7 @@ demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 s
 	@$(BIN)/python -m tools.sandbox $(BIN)/python -m tools.demo
 
 # The suite compares with containerd's own client and with skopeo.
-test: DEBIAN += containerd skopeo
+test: DEBIAN += containerd skopeo openssl
 test: setup ## runs the whole suite; as root that includes real containers
 	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)
 

@@ -43,7 +43,7 @@ from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.metrics import ContainerdMetrics, join_pages
 from services.containerd.namespaces.registry import Namespaces
 from services.containerd.plugins import list_plugins
-from services.containerd.remotes.distribution import DistributionRegistries
+from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.rpc.containers import ContainersService
 from services.containerd.rpc.content import ContentService
 from services.containerd.rpc.diff import DiffService
@@ -149,7 +149,7 @@ class App:
         self._workers = WorkerPool(config.unpack_workers)
         self._applier = LocalApplier(self._content, self._workers, self._scratch)
         self._comparer = LocalComparer(self._content, self._workers, self._scratch)
-        self._registries = DistributionRegistries()
+        self._registries = DistributionRegistries(hosts=config.registry_hosts)
         unpacker = LayerUnpacker(
             self._content,
             self._snapshotters,

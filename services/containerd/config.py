@@ -15,6 +15,7 @@ from services.common.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
 
 
@@ -41,6 +42,7 @@ class Config:
         max_archive_bytes: the largest archive that is imported.
         max_downloads: blobs that are fetched at once, in all; also those that are sent.
         unpack_workers: processes that unpack layers.
+        registry_hosts: directories with a hosts.toml, or certificates, for each registry.
     """
 
     root: Path
@@ -61,6 +63,7 @@ class Config:
     max_archive_bytes: int = 64 << 30
     max_downloads: int = 6
     unpack_workers: int = 2
+    registry_hosts: tuple[Path, ...] = (_REGISTRY_HOSTS,)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -100,6 +103,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         max_archive_bytes=given.max_archive_bytes,
         max_downloads=given.max_downloads,
         unpack_workers=given.unpack_workers,
+        registry_hosts=tuple(Path(part) for part in given.registry_hosts.split(":") if part),
     )
 
 
@@ -137,4 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-archive-bytes", type=int, default=64 << 30, metavar="N")
     add("--max-downloads", type=int, default=6, metavar="N", help="blobs fetched at once")
     add("--unpack-workers", type=int, default=2, metavar="N", help="processes that unpack")
+    add(
+        "--registry-hosts",
+        default=str(_REGISTRY_HOSTS),
+        metavar="DIR[:DIR]",
+        help="has hosts.toml files, as containerd's config_path; default: %(default)s",
+    )
     return parser

@@ -20,6 +20,8 @@ from aiohttp import web
 from services.containerd.content.digest import digest_of
 
 if TYPE_CHECKING:
+    import ssl
+
     from services.containerd.content.descriptor import Descriptor
     from tests.fakes.images import Blobs
 
@@ -74,6 +76,8 @@ class FakeRegistry:
     seen: list[Seen] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event | None = None
+    tls: ssl.SSLContext | None = None
+    bind: str = "127.0.0.1"
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
 
@@ -82,10 +86,10 @@ class FakeRegistry:
         app.router.add_route("*", "/{tail:.*}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, self.bind, 0, ssl_context=self.tls)
         await site.start()
         port = self._runner.addresses[0][1]
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"{self.bind}:{port}"
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -248,10 +252,11 @@ class FakeRegistry:
         if self.auth == "basic" and header != _BASIC:
             return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="x"'})
         if self.auth == "bearer":
+            scheme = "http" if self.tls is None else "https"
             scope = self.tokens.get(header.removeprefix("Bearer "), "")
             if f"repository:{name}:" not in scope:
                 challenge = (
-                    f'Bearer realm="http://{self.address}/token",service="fake",'
+                    f'Bearer realm="{scheme}://{self.address}/token",service="fake",'
                     f'scope="repository:{name}:pull"'
                 )
                 return web.Response(status=401, headers={"WWW-Authenticate": challenge})

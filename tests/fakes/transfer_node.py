@@ -23,8 +23,8 @@ from services.containerd.content.digest import digest_of
 from services.containerd.content.local import LocalContentStore
 from services.containerd.gc.lock import GcLock
 from services.containerd.images.archive import ArchiveReader
-from services.containerd.remotes.distribution import DistributionRegistries
 from services.containerd.remotes.http import HttpLimits
+from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.remotes.retry import RetryPolicy
 from services.containerd.rpc.content import ContentService
 from services.containerd.rpc.leases import LeaseInterceptor

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from yarl import URL
-
 from services.common.errors import (
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     PermissionDenied,
     TheseusError,
     Unauthenticated,
     Unavailable,
 )
-from services.containerd.images.reference import DEFAULT_DOMAIN
 from services.containerd.remotes.auth import parse_challenges
 from services.containerd.remotes.http import read_bounded
 from services.containerd.remotes.retry import parse_retry_after
@@ -27,36 +22,52 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
 
     import aiohttp
+    from yarl import URL
 
     from services.containerd.images.reference import Reference
     from services.containerd.remotes.auth import Authorizer
     from services.containerd.remotes.body import Body
-    from services.containerd.remotes.http import HttpClient
+    from services.containerd.remotes.endpoint import Endpoint
+    from services.containerd.remotes.http import HttpClient, Transport
     from services.containerd.remotes.remote import RegistryAccess
 
 _ERROR_MAX_BYTES = 64 << 10
 _ERROR_SHOWN_CHARS = 300
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-_HOSTS = {DEFAULT_DOMAIN: "registry-1.docker.io"}
-"""Domains whose registry lives somewhere else."""
-
 
 class RepositoryApi:
-    """The HTTP API of one repository (OCI distribution-spec, "API")."""
+    """The HTTP API of one repository at one host (OCI distribution-spec, "API")."""
 
     def __init__(
-        self, http: HttpClient, authorizer: Authorizer, reference: Reference, access: RegistryAccess
+        self,
+        http: HttpClient,
+        authorizer: Authorizer,
+        reference: Reference,
+        access: RegistryAccess,
+        *,
+        endpoint: Endpoint,
+        transport: Transport,
     ) -> None:
         self._http = http
         self._authorizer = authorizer
         self._access = access
         self.reference = reference
-        self._root = registry_url(reference.domain, access.default_scheme) / "v2"
+        self._endpoint = endpoint
+        self._transport = transport
+
+    @property
+    def host(self) -> str:
+        """Whom requests go to, for messages."""
+        return self._endpoint.root.authority
 
     def url(self, *parts: str) -> URL:
         """Address of something in the repository: ``url("manifests", "latest")``."""
-        return self._root.joinpath(*self.reference.path.split("/"), *parts)
+        url = self._endpoint.root.joinpath(*self.reference.path.split("/"), *parts)
+        if self._endpoint.stands_for and parts[:2] != ("blobs", "uploads"):
+            # What a mirror of several registries tells them apart by; containerd's convention.
+            return url.update_query(ns=self._endpoint.stands_for)
+        return url
 
     @asynccontextmanager
     async def request(
@@ -87,13 +98,20 @@ class RepositoryApi:
         scope = f"repository:{self.reference.path}:{actions}"
         if also_from:
             scope += f" repository:{also_from}:pull"
-        ours = url.origin() == self._root.origin()
+        ours = url.origin() == self._endpoint.root.origin()
         authorization = self._authorizer.header(url.authority, scope) if ours else ""
         for may_answer in (ours, False):
             sent = {**self._access.headers, **(headers or {})}
             if authorization:
                 sent["Authorization"] = authorization
-            async with self._http.request(method, url, headers=sent, body=body) as response:
+            async with self._http.request(
+                method,
+                url,
+                headers=sent,
+                own_headers=self._endpoint.headers if ours else (),
+                body=body,
+                transport=self._transport,
+            ) as response:
                 # Somebody that we were redirected to gets no credentials.
                 challenged = response.status == 401 and response.url.origin() == url.origin()
                 if not (challenged and may_answer):
@@ -103,40 +121,6 @@ class RepositoryApi:
                     return
                 challenges = parse_challenges(response.headers.getall("WWW-Authenticate", []))
             authorization = await self._authorizer.answer(url, challenges, scope, authorization)
-
-
-def registry_url(domain: str, default_scheme: str) -> URL:
-    """Address of the registry of a domain.
-
-    Raises:
-        InvalidArgument: there is no domain, or the scheme is another than http or https.
-    """
-    if not domain:
-        raise InvalidArgument(
-            "the reference names no registry: write it in full, as in docker.io/library/alpine",
-            field="reference",
-        )
-    if default_scheme not in ("", "http", "https"):
-        raise InvalidArgument(
-            f"scheme {default_scheme!r} is not supported: want http or https",
-            field="default_scheme",
-        )
-    address = _HOSTS.get(domain, domain)
-    try:
-        url = URL(f"//{address}")
-        scheme = default_scheme or ("http" if _is_loopback(url.host or "") else "https")
-        return URL.build(scheme=scheme, authority=address)
-    except ValueError as error:
-        raise InvalidArgument(
-            f"{domain!r} is no address of a registry", field="reference"
-        ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _failure(response: aiohttp.ClientResponse, reference: Reference) -> TheseusError:

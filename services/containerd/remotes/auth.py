@@ -20,13 +20,13 @@ from yarl import URL
 from services.common.errors import DataLoss, FailedPrecondition, Unauthenticated, Unavailable
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.remotes.body import bytes_body
-from services.containerd.remotes.http import read_bounded
+from services.containerd.remotes.http import SYSTEM_TRANSPORT, read_bounded
 from services.containerd.remotes.remote import Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from services.containerd.remotes.http import HttpClient
+    from services.containerd.remotes.http import HttpClient, Transport
     from services.containerd.remotes.remote import RegistryAccess
 
 _ANSWER_MAX_BYTES = 1 << 20
@@ -74,9 +74,12 @@ def parse_challenges(values: Iterable[str]) -> list[Challenge]:
 class Authorizer:
     """Gets and keeps what one client shows to registries."""
 
-    def __init__(self, http: HttpClient, access: RegistryAccess) -> None:
+    def __init__(
+        self, http: HttpClient, access: RegistryAccess, transport: Transport = SYSTEM_TRANSPORT
+    ) -> None:
         self._http = http
         self._access = access
+        self._transport = transport
         self._tokens: dict[tuple[str, str], _Token] = {}
         self._asking: KeyedLock[tuple[str, str]] = KeyedLock()
 
@@ -165,7 +168,9 @@ class Authorizer:
         self, method: str, url: URL, headers: Mapping[str, str], form: bytes | None
     ) -> dict[str, Any]:
         body = None if form is None else bytes_body(form)
-        async with self._http.request(method, url, headers=headers, body=body) as response:
+        async with self._http.request(
+            method, url, headers=headers, body=body, transport=self._transport
+        ) as response:
             if response.status in (400, 401, 403):
                 raise Unauthenticated(
                     f"{url.host} gave no token: the credentials are wrong, or the repository does "

@@ -1,6 +1,7 @@
-"""Registries that speak the distribution API, version 2: resolving and fetching.
+"""A repository at one host that speaks the distribution API, version 2: resolving and fetching.
 
-Uploads are in :mod:`services.containerd.remotes.upload`.
+Uploads are in :mod:`services.containerd.remotes.upload`, the choice of the host in
+:mod:`services.containerd.remotes.mirrors`.
 """
 
 from __future__ import annotations
@@ -29,62 +30,26 @@ from services.containerd.images.media_types import (
     is_manifest,
     is_schema_1,
 )
-from services.containerd.remotes.api import RepositoryApi
-from services.containerd.remotes.auth import Authorizer
-from services.containerd.remotes.http import HttpClient, HttpLimits, read_bounded
-from services.containerd.remotes.retry import Retry, RetryPolicy, retried
+from services.containerd.remotes.http import read_bounded
+from services.containerd.remotes.retry import Retry, retried
 from services.containerd.remotes.upload import Uploader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from types import TracebackType
-    from typing import Self
 
     import aiohttp
 
     from services.containerd.content.store import ContentWriter
     from services.containerd.images.reference import Reference
-    from services.containerd.remotes.remote import RegistryAccess
+    from services.containerd.remotes.api import RepositoryApi
+    from services.containerd.remotes.retry import RetryPolicy
 
 _ACCEPT = ", ".join((*ACCEPTED, "*/*"))
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
-class DistributionRegistries:
-    """Implements :class:`Registries`; use it as an async context manager."""
-
-    def __init__(
-        self,
-        *,
-        limits: HttpLimits | None = None,
-        policy: RetryPolicy | None = None,
-        user_agent: str = "theseus",
-    ) -> None:
-        self._http = HttpClient(limits or HttpLimits(), user_agent=user_agent)
-        self._policy = policy or RetryPolicy()
-
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._http.__aexit__(kind, error, traceback)
-
-    def open(self, reference: Reference, access: RegistryAccess) -> Repository:
-        """See :class:`Registries`."""
-        authorizer = Authorizer(self._http, access)
-        return Repository(
-            RepositoryApi(self._http, authorizer, reference, access), policy=self._policy
-        )
-
-
 class Repository:
-    """Implements :class:`Remote`."""
+    """One host's side of a :class:`Remote`."""
 
     def __init__(self, api: RepositoryApi, *, policy: RetryPolicy) -> None:
         self._api = api
@@ -127,7 +92,7 @@ class Repository:
                 if writer.offset_bytes == descriptor.size_bytes:
                     return
                 raise Unavailable(
-                    f"{self.reference.domain} sent {writer.offset_bytes} of "
+                    f"{self._api.host} sent {writer.offset_bytes} of "
                     f"{descriptor.size_bytes} bytes of {descriptor.digest}"
                 )
             except Unavailable as error:
@@ -163,7 +128,7 @@ class Repository:
                 return None
             if not is_digest(digest):
                 raise DataLoss(
-                    f"{self.reference.domain} names {self.reference} by what is no digest: "
+                    f"{self._api.host} names {self.reference} by what is no digest: "
                     f"{digest[:100]!r}"
                 )
             return Descriptor(media_type, digest, size)
@@ -184,7 +149,7 @@ class Repository:
         media_type = response.content_type
         if response.status == 200 and media_type == "text/html":
             raise FailedPrecondition(
-                f"{self.reference.domain} answered with an HTML page: it is not a registry, or a "
+                f"{self._api.host} answered with an HTML page: it is not a registry, or a "
                 "proxy stands before it"
             )
         known = is_index(media_type) or is_manifest(media_type) or is_schema_1(media_type)
@@ -205,11 +170,10 @@ class Repository:
         ) as response:
             if response.status == 416:
                 await writer.truncate()
-                raise Unavailable(f"{self.reference.domain} does not send blobs in parts")
+                raise Unavailable(f"{self._api.host} does not send blobs in parts")
             if response.content_type == "text/html":
                 raise FailedPrecondition(
-                    f"{self.reference.domain} answered with an HTML page instead of "
-                    f"{descriptor.digest}"
+                    f"{self._api.host} answered with an HTML page instead of {descriptor.digest}"
                 )
             intake = _Intake(descriptor, writer, skip=offset - _start(response))
             try:

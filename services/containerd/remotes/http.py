@@ -12,12 +12,13 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from services.containerd.remotes.body import Body
@@ -52,6 +53,22 @@ class HttpLimits:
     connections_per_host: int = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How connections to a host, and to those that it sends us to, are made.
+
+    Attributes:
+        tls: what is trusted and shown; None: the system's authorities, and nothing.
+        connect_timeout_s: as in :class:`HttpLimits`; None: that one.
+    """
+
+    tls: ssl.SSLContext | None = None
+    connect_timeout_s: float | None = None
+
+
+SYSTEM_TRANSPORT = Transport()
+
+
 class HttpClient:
     """A pool of connections, to be used as an async context manager.
 
@@ -67,9 +84,6 @@ class HttpClient:
         limits = self._limits
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=limits.connections_per_host),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=limits.connect_timeout_s, sock_read=limits.read_timeout_s
-            ),
             # A digest is of the bytes as they are stored: nothing packs or unpacks them on the way.
             headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
             auto_decompress=False,
@@ -91,28 +105,50 @@ class HttpClient:
 
     @asynccontextmanager
     async def request(
-        self, method: str, url: URL, *, headers: Mapping[str, str], body: Body | None = None
+        self,
+        method: str,
+        url: URL,
+        *,
+        headers: Mapping[str, str],
+        own_headers: Sequence[tuple[str, str]] = (),
+        body: Body | None = None,
+        transport: Transport = SYSTEM_TRANSPORT,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request; the response is open inside the block, whatever its status.
 
-        Redirects are followed for requests without a body. Another host never sees the
-        Authorization header.
+        Redirects are followed for requests without a body.
+
+        Args:
+            method: of HTTP.
+            url: where to.
+            headers: to send; Authorization stays with the host of ``url``.
+            own_headers: further ones for the host of ``url`` alone.
+            body: to send.
+            transport: for every connection that this takes.
 
         Raises:
             Unavailable: no connection, or it broke or fell silent; inside the block too.
             FailedPrecondition: a redirect that is not followed, or no proper certificate.
         """
         assert self._session is not None, "the client is used inside its context only"
-        headers = dict(headers)
+        limits = self._limits
+        sent = CIMultiDict([*headers.items(), *own_headers])
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=transport.connect_timeout_s or limits.connect_timeout_s,
+            sock_read=limits.read_timeout_s,
+        )
         start = url
-        for _ in range(self._limits.redirects + 1):
+        for _ in range(limits.redirects + 1):
             with _in_words(url):
                 async with self._session.request(
                     method,
                     url,
-                    headers=headers,
+                    headers=sent,
                     data=None if body is None else body.chunks(),
                     allow_redirects=False,
+                    ssl=True if transport.tls is None else transport.tls,
+                    timeout=timeout,
                 ) as response:
                     location = response.headers.get("Location")
                     if body is not None or response.status not in _REDIRECTS or not location:
@@ -120,10 +156,11 @@ class HttpClient:
                         return
             target = _redirected(url, location)
             if target.origin() != url.origin():
-                headers.pop("Authorization", None)
+                for name in ("Authorization", *(name for name, _ in own_headers)):
+                    sent.popall(name, None)
             url = target
         raise FailedPrecondition(
-            f"{start.host} redirects more than {self._limits.redirects} times: {start.path} leads "
+            f"{start.host} redirects more than {limits.redirects} times: {start.path} leads "
             f"to {url.with_query(None)}"
         )
 
@@ -170,9 +207,20 @@ def _in_words(url: URL) -> Iterator[None]:
     except (aiohttp.ClientConnectorCertificateError, ssl.CertificateError) as error:
         raise FailedPrecondition(
             f"the certificate of {where} is not trusted: add its authority to the system's, or "
-            "use the scheme http"
+            "name it in the registry's hosts.toml (ca)"
         ) from error
+    except (aiohttp.ClientConnectorSSLError, ssl.SSLError) as error:
+        raise FailedPrecondition(f"no TLS connection to {where}: {_tls_reason(error)}") from error
     except aiohttp.ClientConnectorError as error:
         raise Unavailable(f"cannot connect to {where}: {error.os_error}") from error
     except (aiohttp.ClientError, ConnectionError) as error:
+        if isinstance(error.__cause__, ssl.SSLError):
+            reason = _tls_reason(error.__cause__)
+            raise FailedPrecondition(f"{where} ended the TLS connection: {reason}") from error
         raise Unavailable(f"the connection to {where} broke: {type(error).__name__}") from error
+
+
+def _tls_reason(error: ssl.SSLError | aiohttp.ClientConnectorSSLError) -> str:
+    cause = error if isinstance(error, ssl.SSLError) else error.os_error
+    reason = getattr(cause, "reason", None) or cause.strerror or type(cause).__name__
+    return str(reason).lower().replace("_", " ")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from pathlib import Path
 
     from services.containerd.content.descriptor import Descriptor
     from services.containerd.content.store import ContentWriter
@@ -38,11 +39,13 @@ class RegistryAccess:
         credentials: asked with the registry's host when that wants to know; None: anonymous.
         headers: added to every request.
         default_scheme: ``http`` or ``https``; empty: http for loopback hosts, https for others.
+        hosts: directories to look for hosts.toml in; empty: those that are configured.
     """
 
     credentials: Callable[[str], Awaitable[Credentials]] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     default_scheme: str = ""
+    hosts: tuple[Path, ...] = ()
 
 
 class Remote(Protocol):

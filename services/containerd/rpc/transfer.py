@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,7 +26,7 @@ from protos.containerd.types.transfer import (
     progress_pb2,
     registry_pb2,
 )
-from services.common.errors import Cancelled, Unimplemented
+from services.common.errors import Cancelled, InvalidArgument, Unimplemented
 from services.common.server import request_namespace
 from services.containerd.content.descriptor import Platform
 from services.containerd.images.archive_writer import ExportOptions
@@ -152,9 +153,10 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         """The registry of a request, with the credentials that its stream gives."""
         reference = parse_reference(registry.reference)
         resolver = registry.resolver
-        if resolver.host_dir:
-            raise Unimplemented(
-                "registries are not configured by a directory in the request: leave host_dir out"
+        if resolver.host_dir and not Path(resolver.host_dir).is_absolute():
+            raise InvalidArgument(
+                f"host_dir {resolver.host_dir!r} must be an absolute path of this machine",
+                field="source.resolver.host_dir",
             )
         async with AsyncExitStack() as stack:
             credentials = None
@@ -168,6 +170,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
                 credentials=credentials,
                 headers=dict(resolver.headers),
                 default_scheme=resolver.default_scheme,
+                hosts=(Path(resolver.host_dir),) if resolver.host_dir else (),
             )
             yield self._registries.open(reference, access)
 

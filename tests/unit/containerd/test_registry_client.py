@@ -22,10 +22,10 @@ from services.containerd.content.digest import digest_of
 from services.containerd.images import media_types
 from services.containerd.images.manifest import MalformedManifest
 from services.containerd.images.reference import parse_reference
-from services.containerd.remotes.api import registry_url
 from services.containerd.remotes.auth import Challenge, parse_challenges
-from services.containerd.remotes.distribution import DistributionRegistries
+from services.containerd.remotes.endpoint import registry_url
 from services.containerd.remotes.http import HttpLimits
+from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.remotes.remote import Credentials, RegistryAccess
 from services.containerd.remotes.retry import RetryPolicy, parse_retry_after
 from tests.fakes.images import Blobs, build_image, build_index
@@ -34,7 +34,7 @@ from tests.fakes.registry import FakeRegistry, Fault
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from services.containerd.remotes.distribution import Repository
+    from services.containerd.remotes.mirrors import MirroredRepository
 
 POLICY = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.01, retry_after_max_s=2)
 LIMITS = HttpLimits(connect_timeout_s=2, read_timeout_s=0.2, redirects=3)
@@ -83,7 +83,7 @@ def remote(
     registry: FakeRegistry,
     rest: str = "lib/x:1",
     access: RegistryAccess | None = None,
-) -> Repository:
+) -> MirroredRepository:
     reference = parse_reference(f"{registry.address}/{rest}")
     return registries.open(reference, access or RegistryAccess())
 
@@ -100,7 +100,9 @@ def big(registry: FakeRegistry) -> Descriptor:
     return Descriptor(media_types.OCI_LAYER, digest_of(BIG), len(BIG))
 
 
-async def fetched(repository: Repository, descriptor: Descriptor, start: bytes = b"") -> bytes:
+async def fetched(
+    repository: MirroredRepository, descriptor: Descriptor, start: bytes = b""
+) -> bytes:
     writer = MemoryWriter(start)
     await repository.fetch(descriptor, writer)  # type: ignore[arg-type]
     return writer.data

@@ -181,6 +181,22 @@ async def test_credentials_come_over_the_auth_stream(
     ]
 
 
+async def test_a_client_may_name_a_directory_of_hosts(
+    client: Client, registry: FakeRegistry, tmp_path: Path
+) -> None:
+    blobs = Blobs()
+    registry.serve("lib/x", "1", build_image(blobs, [{"a": b"1"}]).manifest, blobs)
+    directory = tmp_path / "hosts" / "r.example"
+    directory.mkdir(parents=True)
+    (directory / "hosts.toml").write_text(f'[host."http://{registry.address}"]\n')
+    source = registry_pb2.OCIRegistry(
+        reference="r.example/lib/x:1",
+        resolver=registry_pb2.RegistryResolver(host_dir=str(tmp_path / "hosts")),
+    )
+    await client.transfer(source, imagestore_pb2.ImageStore(name="r.example/lib/x:1"))
+    assert registry.requests("GET", "/blobs/")
+
+
 async def test_failures_have_codes_and_words(client: Client, registry: FakeRegistry) -> None:
     store = imagestore_pb2.ImageStore(name="x")
     missing = registry_pb2.OCIRegistry(reference=f"{registry.address}/no:1")
@@ -194,10 +210,11 @@ async def test_failures_have_codes_and_words(client: Client, registry: FakeRegis
     assert code is grpc.StatusCode.NOT_FOUND
     configured = registry_pb2.OCIRegistry(
         reference=f"{registry.address}/x:1",
-        resolver=registry_pb2.RegistryResolver(host_dir="/etc/hosts.d"),
+        resolver=registry_pb2.RegistryResolver(host_dir="hosts.d"),
     )
     code, words = await code_of(client.transfer(configured, store))
-    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "absolute" in words
     code, words = await code_of(client.transfer(store, importexport_pb2.ImageImportStream()))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert "containerd.types.transfer.ImageStore" in words
