@@ -17,6 +17,10 @@ MISSING = $(shell dpkg-query -W -f '$${db:Status-Abbrev} $${Package}\n' $(DEBIAN
 # As root in namespaces of its own: real containers, and nothing of them left behind.
 SANDBOX := $(if $(filter 0,$(shell id -u)),$(BIN)/python -m tools.sandbox)
 
+# What draws the plots of the bench.
+PLOTS = $(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --group bench
+
 help: ## lists the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -48,6 +52,7 @@ demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 s
 # The suite compares with containerd's own client and with skopeo.
 test: DEBIAN += containerd skopeo openssl
 test: setup ## runs the whole suite; as root that includes real containers
+	@$(PLOTS)
 	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)
 
 check: setup ## formatting, lint, types, import rules
@@ -72,8 +77,7 @@ bench: ## measures Theseus beside its peers [QUICK=1] [ONLY=run,pull] [ARGS="--o
 	fi; \
 	$(MAKE) --no-print-directory setup DEBIAN="$(NEEDED)" || exit 1; \
 	for peer in $(PEERS); do $(MAKE) --no-print-directory setup DEBIAN="$$peer" || true; done
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
-		$(BIN)/python -m pip install -qq --disable-pip-version-check --group bench
+	@$(PLOTS)
 	@exec $(SANDBOX) $(BIN)/python -m tools.bench \
 		$(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 

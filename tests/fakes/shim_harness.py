@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -243,13 +245,11 @@ class RunningShim:
     async def close(self) -> None:
         """Let go of it; it and all below it are killed if they are still there."""
         await self.channel.close()
+        inits = [pid for pidfd in self._inits if (pid := pid_of(pidfd))]
+        kill_tree(inits, limit_s=10)  # their children too: without a pid namespace they stay
         for pidfd in self._inits:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
-        for pid in descendants(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_tree(descendants(self.pid), limit_s=10)
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -259,14 +259,48 @@ class RunningShim:
         os.close(self.pidfd)
 
 
+def pid_of(pidfd: int) -> int:
+    """Pid of the process that a pidfd stands for; 0 when it is gone."""
+    fields = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    return max(int(re.search(r"^Pid:\s*(-?\d+)", fields, re.MULTILINE)[1]), 0)
+
+
+def kill_tree(roots: list[int], *, limit_s: float) -> None:
+    """SIGKILL processes and all below them, and see them end.
+
+    They are stopped first: what forks, or loses its parent, while its tree is walked is missed.
+    """
+    found: dict[int, int] = {}
+    waiting = list(roots)
+    try:
+        while waiting:
+            pid = waiting.pop()
+            with suppress(ProcessLookupError):
+                found[pid] = pidfd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+                waiting += [child for child in children(pid) if child not in found]
+        for pidfd in found.values():
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pid, pidfd in found.items():
+            assert select.select([pidfd], [], [], limit_s)[0], f"process {pid} does not end"
+    finally:
+        for pidfd in found.values():
+            os.close(pidfd)
+
+
+def children(pid: int) -> list[int]:
+    """Pids of a process' children."""
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, listing.read_text().split())
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """Pids of all below a process."""
-    found = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, children.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
+    return [below for child in children(pid) for below in (child, *descendants(child))]
 
 
 class Attachment:

@@ -22,7 +22,7 @@ from protos.containerd.types.runc.options import oci_pb2
 from services.shim.ttrpc.client import TtrpcClient
 from services.shim.ttrpc.events import SERVICE
 from services.shim.ttrpc.server import Method, TtrpcServer
-from tests.fakes.shim_harness import descendants
+from tests.fakes.shim_harness import kill_tree
 
 if TYPE_CHECKING:
     from services.common.errors import TheseusError
@@ -46,10 +46,7 @@ def processes_of(address: Path) -> list[int]:
 
 def kill_processes_of(address: Path) -> None:
     """SIGKILL them and their containers, and wait until they are gone."""
-    shims = processes_of(address)
-    for pid in [*shims, *(child for shim in shims for child in descendants(shim))]:
-        with suppress(ProcessLookupError):
-            kill(pid)
+    kill_tree(processes_of(address), limit_s=10)
 
 
 def kill(pid: int) -> None:

@@ -71,7 +71,6 @@ def test_run_is_read_as_it_was_written(run, tmp_path):
 
 
 def test_plots_are_drawn_for_every_case_with_figures(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="make bench installs it")
     from tools.bench.report.plots import draw
 
     names = draw(run.figures, tmp_path)
