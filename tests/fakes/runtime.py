@@ -44,6 +44,10 @@ class FakeRuntime:
         """Let ``command`` work again."""
         (self.directory / f"fault-{command}.json").unlink(missing_ok=True)
 
+    def leave_filter(self, data):
+        """Leave ``data`` as the compiled seccomp filter of the containers to come, as crun does."""
+        (self.directory / "seccomp.bpf").write_bytes(data)
+
     def calls(self):
         """Command lines so far, without global flags."""
         path = self.directory / "calls"
@@ -150,10 +154,17 @@ def create(state, options, names, lie):
     bundle = Path(options["--bundle"])
     spec = json.loads((bundle / "config.json").read_text())
     state.mkdir(parents=True)
+    compiled = directory_of_fake() / "seccomp.bpf"
+    if compiled.exists():
+        (state / "seccomp.bpf").write_bytes(compiled.read_bytes())
     os.mkfifo(state / "start")
     pid = spawn(spec["process"], options, state / "start")
     (state / "state.json").write_text(json.dumps({"pid": pid, "status": "created"}))
     write_pid(options["--pid-file"], pid, lie)
+
+
+def directory_of_fake():
+    return Path(sys.argv[0]).parent
 
 
 def spawn(process, options, gate=None):

@@ -32,6 +32,7 @@ WITHOUT_UNIFIED = (
     "sh",
 )
 BUSYBOX = "/bin/busybox"
+APPLETS = ("sh", "cat", "echo", "sleep", "true", "kill", "stty", "dd", "seq", "id", "head")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def rootfs(tmp_path_factory):
     for name in ("bin", "dev", "proc", "sys", "tmp", "etc", "a-directory"):
         (root / name).mkdir()
     shutil.copy(BUSYBOX, root / "bin" / "busybox")
-    for applet in ("sh", "cat", "echo", "sleep", "true", "kill", "stty", "dd", "seq", "id", "head"):
+    for applet in (*APPLETS, "mkdir", "chmod"):
         (root / "bin" / applet).symlink_to("busybox")
     (root / "bin" / "not-executable").write_text("x")
     return root
@@ -501,3 +502,44 @@ async def test_overlay_with_more_options_than_a_page(node):
     assert (await shim.wait()).exit_status == 0
     assert await shim.output() == (b"xx", b"")
     await shim.delete()
+
+
+async def test_compiled_seccomp_filter_holds_in_the_next_container(node):
+    """The first of a profile is compiled; crun's second gets its filter, and another none of it."""
+    refuse_mkdir, refuse_chmod = (
+        {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 7}],
+        }
+        for names in (["mkdir", "mkdirat"], ["chmod", "fchmodat"])
+    )
+    script = "mkdir /tmp/x; echo mkdir=$?; chmod 700 /tmp; echo chmod=$?; "
+    script += "while read name value; do [ $name = Seccomp: ] && echo $name$value; done"
+    script += " < /proc/self/status"
+    said = []
+    for number, profile in enumerate((refuse_mkdir, refuse_mkdir, refuse_chmod)):
+        spec = node.spec("sh", "-c", script)
+        spec["linux"]["seccomp"] = profile
+        bundle = node.maker.bundle(spec, name=f"{node.directory.name}-{number}")
+        shim = await node.maker.start(bundle)
+        log = bundle.with_suffix(".log")
+        await shim.create(
+            binary=node.runtime,
+            rootfs=node.mounts(),
+            stdout=f"theseus-log://{log}?format=json-file",
+        )
+        annotations = json.loads((bundle / "config.json").read_text()).get("annotations") or {}
+        await shim.start()
+        await shim.wait()
+        await shim.delete()
+        await shim.shutdown()
+        await shim.ended()
+        lines = [json.loads(line)["log"].strip() for line in log.read_text().splitlines()]
+        said.append((lines, "run.oci.seccomp_bpf_data" in annotations))
+    held = ["mkdir=1", "chmod=0", "Seccomp:2"]
+    compiled_before = node.runtime == "crun"
+    assert said == [
+        (held, False),
+        (held, compiled_before),
+        (["mkdir=0", "chmod=1", "Seccomp:2"], False),
+    ]

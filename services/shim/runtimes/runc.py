@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.common.errors import Unimplemented
-from services.shim.runtimes import failures, programs
+from services.shim.runtimes import failures, programs, seccomp
 from services.shim.runtimes.invocation import Outcome, run
 from services.shim.runtimes.runtime import (
     RuntimeBroken,
@@ -61,7 +61,12 @@ class RuncRuntime:
         if self._options.no_new_keyring and "no-new-keyring" not in self._program.lacks:
             arguments.append("--no-new-keyring")
         _remove(pid_file)
+        to_keep = seccomp.prepare(
+            bundle, state=self._options.root, container_id=self._id, program=self._program
+        )
         await self._run([*arguments, self._id], stdio=stdio, classify=failures.classify_creation)
+        if to_keep is not None:
+            seccomp.keep(to_keep)
         return self._read_pid(pid_file)
 
     async def start(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -241,3 +242,17 @@ def test_probe_says_what_is_usable_and_why_not(tmp_path):
     assert "No such file" in found[str(tmp_path / "missing")].reason
     assert probe.probe([crun], cgroups=pure)[0].usable
     assert probe.probe([crun], cgroups=tmp_path)[0].usable
+
+
+async def test_the_next_container_is_created_with_the_compiled_filter(bench):
+    compiled = b"\x06\0\0\0\0\0\xff\x7f"
+    bench.fake.leave_filter(compiled)
+    spec = {"process": {"args": ["/bin/sleep", "100"]}, "linux": {"seccomp": {"syscalls": []}}}
+    config = bench.bundle / "config.json"
+    config.write_text(json.dumps(spec))
+    await bench.create()
+    assert json.loads(config.read_text()) == spec
+    await bench.runtime.delete(force=True)
+    await bench.create()
+    given = json.loads(config.read_text())
+    assert base64.b64decode(given["annotations"]["run.oci.seccomp_bpf_data"]) == compiled
