@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from services.common.background import Background
 from services.common.database import Database
+from services.common.draining import Draining
 from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
@@ -47,7 +48,6 @@ from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.rpc.containers import ContainersService
 from services.containerd.rpc.content import ContentService
 from services.containerd.rpc.diff import DiffService
-from services.containerd.rpc.draining import DrainInterceptor
 from services.containerd.rpc.encoding import encode_event
 from services.containerd.rpc.events import EventsService, event_field
 from services.containerd.rpc.images import ImagesService
@@ -105,6 +105,7 @@ class App:
         self._config = config
         self._scratch = config.state / "scratch"
         self._stack = AsyncExitStack()
+        self._draining = Draining("containerd")
         self._registry = CollectorRegistry()
         self._metrics = ContainerdMetrics(self._registry)
         self._build_storage()
@@ -260,18 +261,17 @@ class App:
     async def _serve(self, stack: AsyncExitStack, shims: ShimManager, tasks: TaskManager) -> None:
         config = self._config
         identity = await self._db.write(lambda tx: meta.setdefault(tx, "uuid", str(uuid.uuid4())))
-        drain = DrainInterceptor()
         server = RpcServer(
             tier="containerd",
             socket=config.address,
             services=services(self._servicers(shims, tasks, identity).items()),
             metrics=ServerMetrics(self._registry),
-            interceptors=[LeaseInterceptor(), drain],
+            interceptors=[LeaseInterceptor()],
         )
         await server.start()
         stack.push_async_callback(server.stop, config.drain_s)
         stack.callback(shims.drain)
-        stack.callback(drain.drain)
+        stack.callback(self._draining.drain)
         stack.callback(self._journal.stop)
         if config.metrics_address:
 
@@ -306,9 +306,12 @@ class App:
             "registry": RegistryService(shims),
             "snapshots": SnapshotsService(self._snapshotters),
             "streaming": StreamingService(streams),
-            "streams": StreamsService(tasks),
+            "streams": StreamsService(tasks, self._draining),
             "tasks": TasksService(
-                tasks, self._containers, Checkpoints(self._content, self._scratch)
+                tasks,
+                self._containers,
+                Checkpoints(self._content, self._scratch),
+                self._draining,
             ),
             "transfer": TransferService(self._transfers, self._registries, streams),
             "upgrades": UpgradesService(ShimUpgrades(shims, self._config.shim)),

@@ -30,6 +30,7 @@ from protos.theseus.engine.v1 import (
 )
 from services.common.background import Background
 from services.common.database import Database
+from services.common.draining import Draining
 from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics
 from services.common.root_lock import RootLock
@@ -72,7 +73,6 @@ from services.daemon.metrics import DaemonMetrics
 from services.daemon.networks.bridge import BridgeNetwork
 from services.daemon.networks.network import NetworkConfig
 from services.daemon.rpc.containers import ContainersService
-from services.daemon.rpc.draining import Draining
 from services.daemon.rpc.execs import ExecsService
 from services.daemon.rpc.images import ImagesService
 from services.daemon.rpc.system import SystemService
@@ -120,7 +120,7 @@ class App:
         self._stack = AsyncExitStack()
         self._background = Background()
         self._sessions = Sessions()
-        self._draining = Draining()
+        self._draining = Draining("the daemon")
         self._watch = DirectoryWatch()
         self._registry = CollectorRegistry()
         self._metrics = DaemonMetrics(self._registry)

@@ -298,6 +298,27 @@ async def test_an_attach_goes_through_in_both_directions(
     assert b"".join(answer.output.data for answer in answers) == b"onetwo"
 
 
+async def test_a_stop_ends_what_waits_for_processes_and_it_can_be_asked_again(
+    node: TaskNode, client: TaskClient
+) -> None:
+    shim = await node.running("c1")
+    call = client.streams.Attach(timeout=10)
+    start = streams_pb2.AttachStart(container_id="c1", output=True)
+    await call.write(streams_pb2.AttachRequest(start=start))
+    await call.read()
+    wait = asyncio.ensure_future(
+        failure(client.tasks.Wait(pb.WaitRequest(container_id="c1"), timeout=10))
+    )
+    node.draining.drain()
+    for ended in (failure(call.read()), wait):
+        code, sentence = await ended
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "ask again" in sentence
+    async with asyncio.timeout(20):
+        await shim.detached.wait()
+    assert shim.alive
+
+
 async def test_an_attach_that_is_cancelled_is_cancelled_at_the_shim(
     node: TaskNode, client: TaskClient
 ) -> None:

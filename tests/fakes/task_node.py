@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc, streams_pb2, streams_pb2_grpc
 from services.common.client import connect
+from services.common.draining import Draining
 from services.common.metrics import ServerMetrics
 from services.common.server import RpcServer, Service
 from services.containerd.clients.shim import ShimClient
@@ -96,13 +97,14 @@ class TaskNode:
             self.root, self.metadata.db, events=self.metadata.journal, gc_lock=GcLock()
         )
         checkpoints = Checkpoints(content, self.root / "scratch")
+        self.draining = Draining("containerd")
         server = RpcServer(
             tier="containerd",
             socket=self.socket,
             services=[
                 Service(
                     tasks_pb2_grpc.add_TasksServicer_to_server,
-                    TasksService(self.tasks, self.metadata.containers, checkpoints),
+                    TasksService(self.tasks, self.metadata.containers, checkpoints, self.draining),
                     tasks_pb2.DESCRIPTOR.services_by_name["Tasks"],
                 ),
                 Service(
@@ -112,7 +114,7 @@ class TaskNode:
                 ),
                 Service(
                     add_streams_to_server,
-                    StreamsService(self.tasks),
+                    StreamsService(self.tasks, self.draining),
                     streams_pb2.DESCRIPTOR.services_by_name["Streams"],
                 ),
             ],

@@ -18,6 +18,7 @@ from services.common.server import request_namespace
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
+    from services.common.draining import Draining
     from services.containerd.rpc.context import Context
     from services.containerd.tasks.manager import TaskManager
 
@@ -27,8 +28,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Streams"].full_name
 class StreamsService:
     """Passes ``Attach`` on."""
 
-    def __init__(self, tasks: TaskManager) -> None:
+    def __init__(self, tasks: TaskManager, draining: Draining) -> None:
         self._tasks = tasks
+        self._draining = draining
 
     async def Attach(
         self, request_iterator: AsyncIterator[bytes], context: Context
@@ -44,8 +46,9 @@ class StreamsService:
         )
         # Not a finally: a call that is cancelled during a write leaves this generator hanging.
         context.add_done_callback(lambda _: attachment.cancel())  # type: ignore[arg-type]  # its stub
-        async for response in attachment:
-            yield response
+        async with self._draining.endless():
+            async for response in attachment:
+                yield response
 
 
 def add_streams_to_server(servicer: StreamsService, server: Any) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.any_pb2 import Any as AnyMessage
 
+    from services.common.draining import Draining
     from services.containerd.containers.store import ContainerStore
     from services.containerd.rpc.context import Context
     from services.containerd.tasks.checkpoints import Checkpoints
@@ -48,14 +49,20 @@ class TasksService(tasks_pb2_grpc.TasksServicer):
         tasks: does the work.
         containers: for the spec that goes with a checkpoint.
         checkpoints: keeps checkpoints in the content store.
+        draining: ends the waits when containerd stops.
     """
 
     def __init__(
-        self, tasks: TaskManager, containers: ContainerStore, checkpoints: Checkpoints
+        self,
+        tasks: TaskManager,
+        containers: ContainerStore,
+        checkpoints: Checkpoints,
+        draining: Draining,
     ) -> None:
         self._tasks = tasks
         self._containers = containers
         self._checkpoints = checkpoints
+        self._draining = draining
 
     async def Create(
         self, request: pb.CreateTaskRequest, context: Context
@@ -207,9 +214,10 @@ class TasksService(tasks_pb2_grpc.TasksServicer):
 
     async def Wait(self, request: pb.WaitRequest, context: Context) -> pb.WaitResponse:
         """See the contract."""
-        end = await self._tasks.wait(
-            request_namespace(context), request.container_id, request.exec_id
-        )
+        async with self._draining.endless():
+            end = await self._tasks.wait(
+                request_namespace(context), request.container_id, request.exec_id
+            )
         return pb.WaitResponse(exit_status=end.exit_status, exited_at=timestamp(end.exited_at_ns))
 
 

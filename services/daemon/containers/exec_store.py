@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from services.common.errors import NotFound
 from services.daemon.containers import codec
+from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.record import (
     ContainerId,
     ExecId,
@@ -16,7 +17,6 @@ from services.daemon.containers.record import (
     ExecState,
     ExitStatus,
 )
-from services.daemon.containers.uninterrupted import Uninterrupted
 from services.daemon.metadata import containers as rows
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ExecStore:
         self._db = db
         self._records: dict[ExecId, ExecRecord] = {}
         self._waiters: dict[ExecId, set[asyncio.Event]] = {}
-        self._commits = Uninterrupted()
+        self._commits = OutlivingWork()
 
     async def load(self) -> None:
         """Read everything; call once, first."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.common.errors import NotFound, TheseusError
+from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.record import State
 from services.daemon.containers.signals import parse_signal
 from services.daemon.containers.stop import SIGKILL
-from services.daemon.containers.uninterrupted import Uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -57,7 +57,7 @@ class ContainerManager:
         self._caretaker = caretaker
         self._waiter = waiter
         self._logs = logs
-        self._uninterrupted = Uninterrupted()
+        self._uninterrupted = OutlivingWork()
 
     async def create(
         self, config: ContainerConfig, *, name: str = ""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.errors import FailedPrecondition, TheseusError, Unavailable
+from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.record import ContainerRecord, MountKind, State
 from services.daemon.containers.states import Action, after
-from services.daemon.containers.uninterrupted import Uninterrupted
 from services.daemon.metadata import containers as rows
 from services.daemon.volumes.store import VolumeInUse
 
@@ -40,7 +40,7 @@ class Remover:
     def __init__(self, below: Below, cleaner: Cleaner) -> None:
         self._below = below
         self._cleaner = cleaner
-        self._undoing = Uninterrupted()
+        self._undoing = OutlivingWork()
 
     async def begin(self, container_id: ContainerId, *, volumes: bool) -> ContainerRecord:
         """Record that the container is to go; from here on there is no way back.

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from services.common.errors import AlreadyExists, NotFound
 from services.daemon.containers import codec, names
+from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.record import ContainerId, ContainerRecord, Tombstone
-from services.daemon.containers.uninterrupted import Uninterrupted
 from services.daemon.images.image import ImageUser
 from services.daemon.metadata import containers as rows
 
@@ -42,7 +42,7 @@ class ContainerStore:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._commits = Uninterrupted()
+        self._commits = OutlivingWork()
         self._records: dict[ContainerId, ContainerRecord] = {}
         self._by_name: dict[str, str] = {}
         self._tombstones: dict[ContainerId, Tombstone] = {}

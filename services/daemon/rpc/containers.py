@@ -15,12 +15,12 @@ from services.daemon.rpc import messages, streams
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from services.common.draining import Draining
     from services.daemon.containers.attach import Attacher
     from services.daemon.containers.logfile import LogEntry
     from services.daemon.containers.manager import ContainerManager
     from services.daemon.containers.record import ContainerRecord
     from services.daemon.rpc.context import Context
-    from services.daemon.rpc.draining import Draining
 
 _CONDITIONS = {
     pb.WaitContainerRequest.CONDITION_NEXT_EXIT: Condition.NEXT_EXIT,

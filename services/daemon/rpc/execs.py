@@ -13,10 +13,10 @@ from services.daemon.rpc import messages, streams
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from services.common.draining import Draining
     from services.daemon.containers.attach import Attacher
     from services.daemon.containers.exec import Execs
     from services.daemon.rpc.context import Context
-    from services.daemon.rpc.draining import Draining
 
 
 class ExecsService(containers_pb2_grpc.ExecsServicer):

@@ -131,7 +131,7 @@ async def test_a_connection_that_breaks_under_a_write_is_unavailable(server):
             raise cygrpc.InternalError("Failed execute_batch")
 
     async with connect(socket) as channel:
-        call = channel.stream_stream("/test.Nobody/Talk")(timeout=10)
+        call = channel.stream_stream("/theseus.journal.v1.Journal/Read")(timeout=10)
         call._cython_call = Breaking(call._cython_call)
         with pytest.raises(errors.Unavailable), translated():
             await call.write(b"hello")

@@ -11,9 +11,9 @@ from services.daemon.config import parse
 from services.daemon.containers.input_feed import InputFeed
 from services.daemon.containers.locks import OperationLocks
 from services.daemon.containers.oci_runtimes import OciRuntimes, cgroup_layout
+from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.runtime import CloseInput, Input, Resize
 from services.daemon.containers.sessions import Sessions
-from services.daemon.containers.uninterrupted import Uninterrupted
 
 
 def at(position):
@@ -124,7 +124,7 @@ async def test_operations_on_one_container_exclude_one_another():
 
 
 async def test_uninterrupted_work_ends_although_its_caller_went_away():
-    uninterrupted = Uninterrupted()
+    uninterrupted = OutlivingWork()
     done = asyncio.Event()
     release = asyncio.Event()
 

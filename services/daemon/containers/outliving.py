@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Uninterrupted:
+class OutlivingWork:
     """Owns such work until it is done."""
 
     def __init__(self) -> None:

@@ -18,9 +18,10 @@ _RETRY_AFTER_S = 0.1
 
 
 class Draining:
-    """Knows the endless calls that are under way."""
+    """Knows the endless calls that are under way at ``tier``."""
 
-    def __init__(self) -> None:
+    def __init__(self, tier: str) -> None:
+        self._tier = tier
         self._draining = False
         self._calls: set[asyncio.Timeout] = set()
 
@@ -37,10 +38,10 @@ class Draining:
         """Mark the block as one that may take for ever.
 
         Raises:
-            Unavailable: the daemon is stopping.
+            Unavailable: the tier is stopping.
         """
         stopping = Unavailable(
-            "the daemon is stopping: ask again when it is back", retry_after_s=_RETRY_AFTER_S
+            f"{self._tier} is stopping: ask again when it is back", retry_after_s=_RETRY_AFTER_S
         )
         if self._draining:
             raise stopping

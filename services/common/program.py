@@ -1,0 +1,46 @@
+"""How the program of a tier runs: what fails becomes a sentence, a signal becomes a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from services.common.errors import PermissionDenied, TheseusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def run(name: str, work: Callable[[], None]) -> int:
+    """Exit status of ``work``: 0, or 1 after a sentence on standard error."""
+    try:
+        work()
+    except TheseusError as error:
+        sys.stderr.write(f"{name}: {error.message}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"{name}: cannot start: {error}\n")
+        return 1
+    return 0
+
+
+def require_root(name: str, reason: str) -> None:
+    """Refuse to go on without privilege.
+
+    Raises:
+        PermissionDenied: this is not root.
+    """
+    if os.geteuid() != 0:
+        raise PermissionDenied(f"{name} {reason}: run it as root")
+
+
+def stop_signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set from now on."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
