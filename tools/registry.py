@@ -20,17 +20,28 @@ storage:
 http:
   addr: {address}
 """
+_AUTH = """\
+auth:
+  htpasswd: {{realm: theseus, path: {path}}}
+"""
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[str]:
-    """Run a registry that keeps its data below ``directory``; gives its ``HOST:PORT``."""
+def serving(directory: Path, *, users: str = "") -> Iterator[str]:
+    """Run a registry that keeps its data below ``directory``; gives its ``HOST:PORT``.
+
+    ``users`` is the text of an htpasswd file (bcrypt); without it everybody may do everything.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     config = directory / "config.yml"
-    config.write_text(_CONFIG.format(root=directory / "data", address=address))
+    text = _CONFIG.format(root=directory / "data", address=address)
+    if users:
+        (directory / "htpasswd").write_text(users)
+        text += _AUTH.format(path=directory / "htpasswd")
+    config.write_text(text)
     process = subprocess.Popen(
         ["docker-registry", "serve", str(config)],
         stdout=subprocess.DEVNULL,
@@ -40,6 +51,7 @@ def serving(directory: Path) -> Iterator[str]:
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "OTEL_TRACES_EXPORTER": "none"},
     )
     assert process.stderr is not None
+    drain = None
     try:
         said = []
         for line in process.stderr:
@@ -57,4 +69,5 @@ def serving(directory: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=10)
-    drain.wait(timeout=10)
+        if drain is not None:
+            drain.wait(timeout=10)

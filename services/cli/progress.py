@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from protos.theseus.engine.v1 import images_pb2 as pb
-from services.cli import table
+from services.cli import docker_config, table
 from services.cli.engine import LONG_DEADLINE_S
 from services.cli.names import familiar, split
 from services.common.errors import Internal
@@ -40,7 +40,11 @@ async def pull(
     Raises:
         TheseusError: the engine could not.
     """
-    request = pb.PullImageRequest(reference=reference, platform=platform)
+    request = pb.PullImageRequest(
+        reference=reference,
+        platform=platform,
+        credentials=await docker_config.credentials_for(reference),
+    )
     display = _Display(out) if out.isatty() else _Lines(out)
     image: pb.Image | None = None
     fetched_any = False

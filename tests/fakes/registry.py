@@ -32,7 +32,8 @@ _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<what>uploads
 class Fault:
     """Something that goes wrong with requests whose path contains ``path``.
 
-    Kinds: ``truncate`` (closes the connection), ``corrupt`` (sends other bytes), ``hang``, ``busy``
+    Kinds: ``truncate`` (closes the connection), ``revoke`` (and forgets all tokens), ``corrupt``
+    (sends other bytes), ``hang``, ``busy``
     (429 with ``retry_after``), ``status`` (answers ``status``), ``html``, ``loop`` (redirects to
     itself), ``redirect`` (to ``location``), ``whole`` (ignores Range), ``bare`` (leaves out digest
     and length), ``typeless`` (application/json), ``excess`` (appends bytes).
@@ -61,7 +62,8 @@ class Seen:
 class FakeRegistry:
     """Use it as an async context manager; ``address`` is ``127.0.0.1:PORT``.
 
-    ``auth`` is empty, ``basic`` or ``bearer``. The one user is ``user`` with the password ``pass``;
+    ``auth`` is empty, ``basic`` or ``bearer``. The one user is ``user``, its password ``pass``,
+    its identity token ``identity``;
     with ``anonymous_tokens`` the token server also gives tokens to nobody.
     """
 
@@ -71,6 +73,8 @@ class FakeRegistry:
     blobs: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[tuple[str, str], tuple[bytes, str]] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    forms: list[dict[str, str]] = field(default_factory=list)
+    given: int = 0
     token_lifetime_s: int = 300
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
@@ -122,7 +126,7 @@ class FakeRegistry:
         )
         self.arrived.set()
         if request.path == "/token":
-            return self._token(request)
+            return await self._token(request)
         match = _PATH.fullmatch(request.path)
         if match is None:
             return web.Response(status=404)
@@ -142,7 +146,10 @@ class FakeRegistry:
     def _fault(self, request: web.Request) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and fault.path in request.path:
-                if fault.kind in ("truncate", "corrupt", "excess") and request.method != "GET":
+                if (
+                    fault.kind in ("truncate", "revoke", "corrupt", "excess")
+                    and request.method != "GET"
+                ):
                     continue
                 fault.times -= 1
                 return fault
@@ -216,8 +223,10 @@ class FakeRegistry:
         await response.prepare(request)
         if request.method == "HEAD":
             return response
-        if kind == "truncate":
+        if kind in ("truncate", "revoke"):
             assert fault is not None
+            if kind == "revoke":
+                self.tokens.clear()
             await response.write(data[start : start + fault.after_bytes])
             assert request.transport is not None
             request.transport.close()
@@ -239,12 +248,19 @@ class FakeRegistry:
         self.blobs[digest_of(data)] = data
         return web.Response(status=201, headers={"Docker-Content-Digest": digest_of(data)})
 
-    def _token(self, request: web.Request) -> web.StreamResponse:
+    async def _token(self, request: web.Request) -> web.StreamResponse:
         header = request.headers.get("Authorization", "")
-        if header != _BASIC and not (self.anonymous_tokens and not header):
+        fields = dict(request.query)
+        if request.method == "POST":  # OAuth 2
+            fields = {key: str(value) for key, value in (await request.post()).items()}
+            self.forms.append(fields)
+            if fields["refresh_token"] != "identity":
+                return web.Response(status=401)
+        elif header != _BASIC and not (self.anonymous_tokens and not header):
             return web.Response(status=401)
-        token = f"token-{len(self.tokens)}"
-        self.tokens[token] = request.query.get("scope", "")
+        token = f"token-{self.given}"
+        self.given += 1
+        self.tokens[token] = fields.get("scope", "")
         return web.json_response({"token": token, "expires_in": self.token_lifetime_s})
 
     def _authorize(self, request: web.Request, name: str) -> web.StreamResponse | None:

@@ -1,5 +1,6 @@
 """Images from a real registry and from archives, good and bad."""
 
+import base64
 import dataclasses
 import gzip
 import io
@@ -321,3 +322,37 @@ def test_a_registry_of_its_own_can_be_used_too(theseus, tmp_path):
         reference = f"{address}/deep/er/name:v1.0"
         assert theseus("run", "--rm", reference, "cat", "/file").out == "second"
         theseus.ok("rmi", reference)
+
+
+def test_credentials_come_from_dockers_configuration(theseus, tmp_path, monkeypatch):
+    with registry.serving(tmp_path / "r") as address:
+        image.push(small("closed"), address, "closed", "1")
+    # "pass", by bcrypt with the lowest cost
+    users = "user:$2y$04$abcdefghijklmnopqrstuufznL8bkzdtHwLhca4To/v9Lo9bA7fR6\n"
+    configuration = tmp_path / "config.json"
+    monkeypatch.setitem(theseus.environment, "DOCKER_CONFIG", str(tmp_path))
+    with registry.serving(tmp_path / "r", users=users) as address:
+        reference = f"{address}/closed:1"
+
+        def configure(password):
+            pair = base64.b64encode(f"user:{password}".encode()).decode()
+            configuration.write_text(json.dumps({"auths": {address: {"auth": pair}}}))
+
+        denied = theseus("pull", reference)
+        assert denied.code == 1
+        assert "wants a user name and a password" in denied.err
+        configure("wrong")
+        assert f"access to {address}/closed denied" in theseus("pull", reference).err
+        configure("pass")
+        assert theseus("run", "--rm", reference, "cat", "/file").out == "closed"
+        theseus.ok("rmi", reference)
+        helper = tmp_path / "docker-credential-test"
+        helper.write_text('#!/bin/sh\necho \'{"Username": "user", "Secret": "pass"}\'\n')
+        helper.chmod(0o755)
+        configuration.write_text(json.dumps({"credHelpers": {address: "test"}}))
+        monkeypatch.setitem(theseus.environment, "PATH", f"{tmp_path}:/usr/bin:/bin")
+        theseus.ok("pull", reference)
+        theseus.ok("rmi", reference)
+        configuration.write_text("{")
+        broken = theseus("pull", reference)
+        assert (broken.code, f"{configuration} is not JSON" in broken.err) == (1, True)

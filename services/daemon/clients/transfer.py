@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from services.daemon.clients.connection import Connection
-    from services.daemon.images.node import Platform
+    from services.daemon.images.node import Platform, RegistryCredentials
 
     Stream = grpc.aio.StreamStreamCall[any_pb2.Any, any_pb2.Any]
 
@@ -57,6 +57,7 @@ class ContainerdTransfer:
         platform: Platform,
         snapshotter: str,
         progress: Callable[[TransferProgress], None],
+        credentials: RegistryCredentials | None = None,
     ) -> None:
         """See the interface."""
         wanted = _platform(platform)
@@ -65,7 +66,8 @@ class ContainerdTransfer:
             platforms=[wanted],
             unpacks=[_unpack(wanted, snapshotter)],
         )
-        await self._run(registry_pb2.OCIRegistry(reference=reference), store, progress)
+        async with self._source(reference, credentials) as source:
+            await self._run(source, store, progress)
 
     async def load(
         self,
@@ -98,6 +100,27 @@ class ContainerdTransfer:
                 sending.cancel()
                 with suppress(asyncio.CancelledError, TheseusError, grpc.aio.AioRpcError):
                     await sending
+
+    @asynccontextmanager
+    async def _source(
+        self, reference: str, credentials: RegistryCredentials | None
+    ) -> AsyncIterator[registry_pb2.OCIRegistry]:
+        """A registry, with somebody who answers when it wants to know who asks."""
+        if credentials is None:
+            yield registry_pb2.OCIRegistry(reference=reference)
+            return
+        hosts = _hosts(reference)
+        async with self._stream() as (stream, identity):
+            answering = asyncio.create_task(
+                _answer(stream, hosts, credentials), name="registry-credentials"
+            )
+            try:
+                resolver = registry_pb2.RegistryResolver(auth_stream=identity)
+                yield registry_pb2.OCIRegistry(reference=reference, resolver=resolver)
+            finally:
+                answering.cancel()
+                with suppress(asyncio.CancelledError):
+                    await answering
 
     async def _run(
         self,
@@ -168,6 +191,38 @@ async def _send(stream: Stream, archive: AsyncIterator[bytes]) -> None:
             window -= len(part)
             rest = rest[len(part) :]
     await stream.done_writing()
+
+
+async def _answer(stream: Stream, hosts: frozenset[str], credentials: RegistryCredentials) -> None:
+    """Give the credentials to each of ``hosts`` that asks; to others, none."""
+    # A stream that breaks is no news here: the transfer ends with an error of its own.
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while isinstance(asked := await stream.read(), any_pb2.Any):
+            host = registry_pb2.AuthRequest.FromString(asked.value).host
+            answer = _auth_response(credentials) if host in hosts else registry_pb2.AuthResponse()
+            await stream.write(_pack(answer))
+
+
+def _hosts(reference: str) -> frozenset[str]:
+    """The hosts that are the registry of a full reference, as containerd calls them."""
+    domain = reference.partition("/")[0]
+    return frozenset({domain, "registry-1.docker.io"} if domain == "docker.io" else {domain})
+
+
+def _auth_response(credentials: RegistryCredentials) -> registry_pb2.AuthResponse:
+    if credentials.registry_token:
+        return registry_pb2.AuthResponse(
+            authType=registry_pb2.HEADER, secret=f"Bearer {credentials.registry_token}"
+        )
+    if credentials.identity_token:
+        return registry_pb2.AuthResponse(
+            authType=registry_pb2.REFRESH, secret=credentials.identity_token
+        )
+    return registry_pb2.AuthResponse(
+        authType=registry_pb2.CREDENTIALS,
+        username=credentials.username,
+        secret=credentials.password,
+    )
 
 
 async def _report(stream: Stream, progress: Callable[[TransferProgress], None]) -> None:

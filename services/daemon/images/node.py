@@ -60,6 +60,16 @@ class Platform:
         return "/".join(part for part in parts if part)
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryCredentials:
+    """What a user shows to a registry: a password, or one of the tokens."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+    registry_token: str = field(default="", repr=False)
+
+
 class ImageNames(Protocol):
     """Names of images."""
 
@@ -101,8 +111,12 @@ class ImageTransfer(Protocol):
         platform: Platform,
         snapshotter: str,
         progress: Callable[[TransferProgress], None],
+        credentials: RegistryCredentials | None = None,
     ) -> None:
-        """Fetch an image from its registry, unpack it, record its name."""
+        """Fetch an image from its registry, unpack it, record its name.
+
+        The credentials are shown to the registry that the reference names, and to no mirror.
+        """
 
     async def load(
         self,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ImageTransfer,
         NamedImage,
         Platform,
+        RegistryCredentials,
         TransferProgress,
     )
 
@@ -131,7 +132,7 @@ class ImageStore:
         )
 
     async def pull(
-        self, text: str, platform: str = ""
+        self, text: str, platform: str = "", credentials: RegistryCredentials | None = None
     ) -> AsyncGenerator[list[LayerProgress] | Image, None]:
         """Pull an image: reports until the last item, which is the image.
 
@@ -148,6 +149,7 @@ class ImageStore:
                 platform=wanted,
                 snapshotter=self._snapshotter,
                 progress=progress.update,
+                credentials=credentials,
             ),
             name="pull",
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from protos.theseus.engine.v1 import images_pb2 as pb
 from protos.theseus.engine.v1 import images_pb2_grpc
 from services.daemon.images.image import Image
+from services.daemon.images.node import RegistryCredentials
 from services.daemon.rpc.messages import timestamp
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
         self, request: pb.PullImageRequest, context: Context
     ) -> AsyncIterator[pb.PullImageResponse]:
         """See the contract."""
-        async with aclosing(self._images.pull(request.reference, request.platform)) as reports:
+        credentials = _credentials(request.credentials) if request.HasField("credentials") else None
+        pulling = self._images.pull(request.reference, request.platform, credentials)
+        async with aclosing(pulling) as reports:
             async for report in reports:
                 if isinstance(report, Image):
                     yield pb.PullImageResponse(image=_to_pb(report))
@@ -73,6 +76,15 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
 async def _pieces(requests: AsyncIterator[pb.LoadImageRequest]) -> AsyncIterator[bytes]:
     async for request in requests:
         yield request.data
+
+
+def _credentials(message: pb.RegistryCredentials) -> RegistryCredentials:
+    return RegistryCredentials(
+        username=message.username,
+        password=message.password,
+        identity_token=message.identity_token,
+        registry_token=message.registry_token,
+    )
 
 
 def _to_pb(image: Image) -> pb.Image:

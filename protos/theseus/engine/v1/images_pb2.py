@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/engine/v1/images.proto\x12\x11theseus.engine.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\x10PullImageRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\"n\n\x11PullImageResponse\x12\x30\n\x06layers\x18\x01 \x03(\x0b\x32 .theseus.engine.v1.LayerProgress\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.theseus.engine.v1.Image\"Y\n\rLayerProgress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x15\n\rcurrent_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\" \n\x10LoadImageRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"=\n\x11LoadImageResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.theseus.engine.v1.Image\"\x13\n\x11ListImagesRequest\">\n\x12ListImagesResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.theseus.engine.v1.Image\"2\n\x12RemoveImageRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"8\n\x13RemoveImageResponse\x12\x10\n\x08untagged\x18\x01 \x03(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\" \n\x0fGetImageRequest\x12\r\n\x05image\x18\x01 \x01(\t\";\n\x10GetImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.theseus.engine.v1.Image\"\xb5\x01\n\x05Image\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nreferences\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08platform\x18\x06 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\x0c\x12\x16\n\x0eunpacked_bytes\x18\x08 \x01(\x03\x32\xb0\x03\n\x06Images\x12S\n\x04Pull\x12#.theseus.engine.v1.PullImageRequest\x1a$.theseus.engine.v1.PullImageResponse0\x01\x12S\n\x04Load\x12#.theseus.engine.v1.LoadImageRequest\x1a$.theseus.engine.v1.LoadImageResponse(\x01\x12S\n\x04List\x12$.theseus.engine.v1.ListImagesRequest\x1a%.theseus.engine.v1.ListImagesResponse\x12W\n\x06Remove\x12%.theseus.engine.v1.RemoveImageRequest\x1a&.theseus.engine.v1.RemoveImageResponse\x12N\n\x03Get\x12\".theseus.engine.v1.GetImageRequest\x1a#.theseus.engine.v1.GetImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/engine/v1/images.proto\x12\x11theseus.engine.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"t\n\x10PullImageRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12;\n\x0b\x63redentials\x18\x03 \x01(\x0b\x32&.theseus.engine.v1.RegistryCredentials\"i\n\x13RegistryCredentials\x12\x10\n\x08username\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x16\n\x0eidentity_token\x18\x03 \x01(\t\x12\x16\n\x0eregistry_token\x18\x04 \x01(\t\"n\n\x11PullImageResponse\x12\x30\n\x06layers\x18\x01 \x03(\x0b\x32 .theseus.engine.v1.LayerProgress\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.theseus.engine.v1.Image\"Y\n\rLayerProgress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x15\n\rcurrent_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\" \n\x10LoadImageRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"=\n\x11LoadImageResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.theseus.engine.v1.Image\"\x13\n\x11ListImagesRequest\">\n\x12ListImagesResponse\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.theseus.engine.v1.Image\"2\n\x12RemoveImageRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"8\n\x13RemoveImageResponse\x12\x10\n\x08untagged\x18\x01 \x03(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x03(\t\" \n\x0fGetImageRequest\x12\r\n\x05image\x18\x01 \x01(\t\";\n\x10GetImageResponse\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.theseus.engine.v1.Image\"\xb5\x01\n\x05Image\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nreferences\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08platform\x18\x06 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\x0c\x12\x16\n\x0eunpacked_bytes\x18\x08 \x01(\x03\x32\xb0\x03\n\x06Images\x12S\n\x04Pull\x12#.theseus.engine.v1.PullImageRequest\x1a$.theseus.engine.v1.PullImageResponse0\x01\x12S\n\x04Load\x12#.theseus.engine.v1.LoadImageRequest\x1a$.theseus.engine.v1.LoadImageResponse(\x01\x12S\n\x04List\x12$.theseus.engine.v1.ListImagesRequest\x1a%.theseus.engine.v1.ListImagesResponse\x12W\n\x06Remove\x12%.theseus.engine.v1.RemoveImageRequest\x1a&.theseus.engine.v1.RemoveImageResponse\x12N\n\x03Get\x12\".theseus.engine.v1.GetImageRequest\x1a#.theseus.engine.v1.GetImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.theseus.engine.v1.im
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PULLIMAGEREQUEST']._serialized_start=93
-  _globals['_PULLIMAGEREQUEST']._serialized_end=148
-  _globals['_PULLIMAGERESPONSE']._serialized_start=150
-  _globals['_PULLIMAGERESPONSE']._serialized_end=260
-  _globals['_LAYERPROGRESS']._serialized_start=262
-  _globals['_LAYERPROGRESS']._serialized_end=351
-  _globals['_LOADIMAGEREQUEST']._serialized_start=353
-  _globals['_LOADIMAGEREQUEST']._serialized_end=385
-  _globals['_LOADIMAGERESPONSE']._serialized_start=387
-  _globals['_LOADIMAGERESPONSE']._serialized_end=448
-  _globals['_LISTIMAGESREQUEST']._serialized_start=450
-  _globals['_LISTIMAGESREQUEST']._serialized_end=469
-  _globals['_LISTIMAGESRESPONSE']._serialized_start=471
-  _globals['_LISTIMAGESRESPONSE']._serialized_end=533
-  _globals['_REMOVEIMAGEREQUEST']._serialized_start=535
-  _globals['_REMOVEIMAGEREQUEST']._serialized_end=585
-  _globals['_REMOVEIMAGERESPONSE']._serialized_start=587
-  _globals['_REMOVEIMAGERESPONSE']._serialized_end=643
-  _globals['_GETIMAGEREQUEST']._serialized_start=645
-  _globals['_GETIMAGEREQUEST']._serialized_end=677
-  _globals['_GETIMAGERESPONSE']._serialized_start=679
-  _globals['_GETIMAGERESPONSE']._serialized_end=738
-  _globals['_IMAGE']._serialized_start=741
-  _globals['_IMAGE']._serialized_end=922
-  _globals['_IMAGES']._serialized_start=925
-  _globals['_IMAGES']._serialized_end=1357
+  _globals['_PULLIMAGEREQUEST']._serialized_end=209
+  _globals['_REGISTRYCREDENTIALS']._serialized_start=211
+  _globals['_REGISTRYCREDENTIALS']._serialized_end=316
+  _globals['_PULLIMAGERESPONSE']._serialized_start=318
+  _globals['_PULLIMAGERESPONSE']._serialized_end=428
+  _globals['_LAYERPROGRESS']._serialized_start=430
+  _globals['_LAYERPROGRESS']._serialized_end=519
+  _globals['_LOADIMAGEREQUEST']._serialized_start=521
+  _globals['_LOADIMAGEREQUEST']._serialized_end=553
+  _globals['_LOADIMAGERESPONSE']._serialized_start=555
+  _globals['_LOADIMAGERESPONSE']._serialized_end=616
+  _globals['_LISTIMAGESREQUEST']._serialized_start=618
+  _globals['_LISTIMAGESREQUEST']._serialized_end=637
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=639
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=701
+  _globals['_REMOVEIMAGEREQUEST']._serialized_start=703
+  _globals['_REMOVEIMAGEREQUEST']._serialized_end=753
+  _globals['_REMOVEIMAGERESPONSE']._serialized_start=755
+  _globals['_REMOVEIMAGERESPONSE']._serialized_end=811
+  _globals['_GETIMAGEREQUEST']._serialized_start=813
+  _globals['_GETIMAGEREQUEST']._serialized_end=845
+  _globals['_GETIMAGERESPONSE']._serialized_start=847
+  _globals['_GETIMAGERESPONSE']._serialized_end=906
+  _globals['_IMAGE']._serialized_start=909
+  _globals['_IMAGE']._serialized_end=1090
+  _globals['_IMAGES']._serialized_start=1093
+  _globals['_IMAGES']._serialized_end=1525
 # @@protoc_insertion_point(module_scope)
