@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from services.shim.stdio.process_io import ProcessIo
 
 
+PROCESS_STATE = "PROCESS_STATE"
+"""Reason of the error for what a process' state does not allow."""
+
+
 class Status(StrEnum):
     """States of the OCI runtime-spec, ``paused`` and ``deleted`` added."""
 
@@ -194,7 +198,9 @@ class Process:
             action is Action.KILL and self.status is Status.STOPPED
         ):
             raise NotFound(f"process already finished: {what} is {self.status}")
-        raise FailedPrecondition(f"cannot {action} {what}: it is {self.status}")
+        raise FailedPrecondition(
+            f"cannot {action} {what}: it is {self.status}", reason=PROCESS_STATE
+        )
 
     def apply(self, action: Action) -> None:
         """Move to the state that ``action`` leads to.

@@ -306,3 +306,29 @@ async def test_a_crash_while_starting_is_settled(made, step, state):
         await made.begin("one")
     made.node.world.end(identity, 3)
     assert (await made.wait("one")).code == 3
+
+
+def ends_and_loses_the_answer(node, code):
+    """The next process ends right after its start, and whoever started it is not told."""
+
+    def end(request):
+        node.world.end(request.container_id, code, request.exec_id)
+
+    node.lose("Tasks.Start", grpc.StatusCode.UNAVAILABLE, end)
+
+
+async def test_a_start_whose_answer_is_lost_counts_even_if_the_container_has_ended(made):
+    ends_and_loses_the_answer(made.node, 7)
+    await made.run("one", **QUIET)
+    status = await made.wait("one")
+    assert (status.code, status.error) == (7, "")
+
+
+async def test_a_start_whose_answer_is_lost_counts_even_if_the_exec_has_ended(made):
+    await made.run("one", **QUIET)
+    request = pb.CreateExecRequest(container="one", command=["sh"])
+    identity = (await made.execs.Create(request, timeout=10)).exec_id
+    ends_and_loses_the_answer(made.node, 7)
+    await made.execs.Start(pb.StartExecRequest(exec_id=identity), timeout=10)
+    ended = (await made.execs.Wait(pb.WaitExecRequest(exec_id=identity), timeout=10)).exit
+    assert (ended.code, ended.error) == (7, "")

@@ -188,7 +188,7 @@ class FakeNode:
         self.world = World(directory)
         self.calls = []
         self._faults = {}
-        self._lost = set()
+        self._lost = {}
         self._blocked = {}
         self._server = None
         self.gate = None
@@ -233,8 +233,9 @@ class FakeNode:
     def fail(self, method, code, message, *, reason="", times=1):
         self._faults.setdefault(method, []).extend([(code, message, reason)] * times)
 
-    def lose(self, method):
-        self._lost.add(method)
+    def lose(self, method, code=grpc.StatusCode.DEADLINE_EXCEEDED, meanwhile=None):
+        """The next call is done and its answer lost, after ``meanwhile`` was called with it."""
+        self._lost[method] = (code, meanwhile or (lambda request: None))
 
     def block(self, method):
         """Calls of a method wait for the event; `await node.called(method)` says one has come."""
@@ -265,10 +266,7 @@ class FakeNode:
         return faults.pop(0) if faults else None
 
     def take_loss(self, method):
-        if method in self._lost:
-            self._lost.discard(method)
-            return True
-        return False
+        return self._lost.pop(method, None)
 
 
 class _Faults(grpc.aio.ServerInterceptor):
@@ -288,8 +286,10 @@ class _Faults(grpc.aio.ServerInterceptor):
             if fault is not None:
                 await _abort(context, *fault)
             answer = await handler.unary_unary(request, context)
-            if self._node.take_loss(name):
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the answer was lost")
+            if (loss := self._node.take_loss(name)) is not None:
+                code, meanwhile = loss
+                meanwhile(request)
+                await context.abort(code, "the answer was lost")
             return answer
 
         return grpc.unary_unary_rpc_method_handler(
@@ -397,7 +397,8 @@ class _Tasks(tasks_pb2_grpc.TasksServicer):
     async def Start(self, request, context):
         process = await self._process(request, context)
         if process.status != task_pb2.CREATED:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "process is not created")
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            await _abort(context, code, "process is not created", "PROCESS_STATE")
         process.status = task_pb2.RUNNING
         process.wake()
         return tasks_pb2.StartResponse(pid=process.pid)

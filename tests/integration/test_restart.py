@@ -118,6 +118,7 @@ def test_waiting_commands_go_on(theseus, tiers, tmp_path):
     waiting = theseus.spawn("wait", "awaited")
     following = theseus.spawn("logs", "-f", "awaited")
     assert following.stdout.readline() == "a\n"
+    silent = theseus.spawn("logs", "-f", "--tail", "0", "awaited")
     executing = theseus.spawn("exec", "awaited", "sh", "-c", "sleep 2; echo done; exit 6")
     until(lambda: "sleep" in theseus.ok("exec", "awaited", "ps"))
     theseus.kill_tiers(*tiers)
@@ -127,6 +128,7 @@ def test_waiting_commands_go_on(theseus, tiers, tmp_path):
     (tmp_path / "go").write_text("\n")
     assert waiting.communicate(timeout=30) == ("5\n", "")
     assert following.communicate(timeout=30) == ("b\n", "")
+    assert silent.communicate(timeout=30) == ("b\n", "")
 
 
 def test_a_published_page_is_served_without_a_gap(theseus, tiers):

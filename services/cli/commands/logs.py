@@ -44,6 +44,10 @@ async def _logs(engine: Engine, options: Namespace) -> int:
     for name in ("since", "until"):
         if text := getattr(options, name):
             getattr(request, name).CopyFrom(_point_in_time(text))
+    if request.HasField("tail") and request.tail == 0:
+        # As a time it means the same, and goes on meaning it after a restart of the engine.
+        request.ClearField("tail")
+        request.since.GetCurrentTime()
     await _Printer(engine, request, timestamps=options.timestamps).run()
     return 0
 
@@ -57,15 +61,16 @@ class _Printer:
         self._timestamps = timestamps
         self._line_open: dict[int, bool] = {}
         self._patience = Patience()
-        self._got_any = False
+        self._accepted = self._got_any = False
 
     async def run(self) -> None:
         while True:
             try:
                 with self._engine.failures():
-                    async for response in self._engine.containers.Logs(
-                        self._request, timeout=LONG_DEADLINE_S
-                    ):
+                    call = self._engine.containers.Logs(self._request, timeout=LONG_DEADLINE_S)
+                    await call.initial_metadata()
+                    self._accepted |= not call.done()
+                    async for response in call:
                         self._patience.reset()
                         for entry in response.entries:
                             self._print(entry)
@@ -73,7 +78,7 @@ class _Printer:
             except DeadlineExceeded:
                 continue
             except (Unavailable, Cancelled) as error:
-                if not self._got_any:
+                if not self._accepted:
                     raise
                 await self._patience.pause(error)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from services.daemon.containers.runtime import RootMount, Stdio
 
 _CREATE_TIMEOUT_S = 60.0
+_PROCESS_STATE = "PROCESS_STATE"  # a shim's reason: the process is past what was asked for
 _STATUS = {
     task_pb2.CREATED: TaskStatus.CREATED,
     task_pb2.RUNNING: TaskStatus.RUNNING,
@@ -80,9 +81,12 @@ class ContainerdTasks:
         try:
             with self._connection.calls():
                 answer = await self._stub.Start(request, timeout=_CREATE_TIMEOUT_S)
-        except FailedPrecondition:  # an answer was lost, and the call made again
+        except FailedPrecondition as error:
+            if error.reason != _PROCESS_STATE:
+                raise
+            # An answer was lost and the call made again: it runs, or has run already.
             present = await self.get(container_id, exec_id)
-            if present.status is not TaskStatus.RUNNING:
+            if present.status is TaskStatus.CREATED:
                 raise
             return present.pid
         return answer.pid

@@ -105,6 +105,7 @@ class ContainersService(containers_pb2_grpc.ContainersServicer):
     ) -> AsyncIterator[pb.LogsResponse]:
         """See the contract."""
         entries = self._manager.logs(request.container, _selection(request))
+        await context.send_initial_metadata(())  # tells a follower that there is such a log
         async with self._draining.endless(), aclosing(entries) as batches:
             async for batch in batches:
                 yield pb.LogsResponse(entries=[_entry_to_pb(entry) for entry in batch])

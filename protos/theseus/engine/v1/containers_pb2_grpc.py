@@ -156,7 +156,8 @@ class ContainersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Logs(self, request, context):
-        """Output of the init process out of its log, in order.
+        """Output of the init process out of its log, in order. Initial metadata come as soon as the
+        container is found, before any output.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,9 @@ class ContainersStub:
     List: _aio.UnaryUnaryMultiCallable[_containers_pb2.ListContainersRequest, _containers_pb2.ListContainersResponse]
     """Containers, newest first."""
     Logs: _aio.UnaryStreamMultiCallable[_containers_pb2.LogsRequest, _containers_pb2.LogsResponse]
-    """Output of the init process out of its log, in order."""
+    """Output of the init process out of its log, in order. Initial metadata come as soon as the
+    container is found, before any output.
+    """
     Attach: _aio.StreamStreamMultiCallable[_containers_pb2.AttachRequest, _containers_pb2.AttachResponse]
     """Couples the caller with the standard streams of the init process. Allowed from creation on, so that
     a client which attaches before it starts misses nothing. Same rules as Execs.Attach.
@@ -136,7 +138,9 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         request: _containers_pb2.LogsRequest,
         context: _aio.ServicerContext[_containers_pb2.LogsRequest, _abc.AsyncIterator[_containers_pb2.LogsResponse]],
     ) -> _abc.AsyncIterator[_containers_pb2.LogsResponse]:
-        """Output of the init process out of its log, in order."""
+        """Output of the init process out of its log, in order. Initial metadata come as soon as the
+        container is found, before any output.
+        """
 
     @_abc_1.abstractmethod
     def Attach(
