@@ -11,9 +11,30 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.ctr_script import COMPARED
 from tests.integration.theseus import BRIDGE, GATEWAY, Theseus
 from tools import engine as engines
 from tools import image, leaks, registry
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    compared = config.stash.get(COMPARED, None)
+    if not compared:
+        return
+    terminalreporter.section("ctr on our containerd, and on Debian's own")
+    counts, differences = {}, []
+    for step, ours, theirs in compared:
+        same, differing = counts.get(step.command, (0, 0))
+        counts[step.command] = (same + (ours == theirs), differing + (ours != theirs))
+        if ours != theirs:
+            reason = step.differs or "NOT MEANT"
+            differences.append(f"  ctr {step.title[:60]}: {reason}")
+    for command, (same, differing) in counts.items():
+        more = f", {differing} different" if differing else ""
+        terminalreporter.write_line(f"ctr {command:<24} {same} the same{more}")
+    terminalreporter.write_line("different:")
+    for line in differences:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -95,15 +95,12 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     async def List(
         self, request: pb.ListSnapshotsRequest, context: Context
     ) -> AsyncIterator[pb.ListSnapshotsResponse]:
-        """See the contract."""
+        """See the contract. In order of their names, as upstream."""
         wanted = parse(request.filters)
-        infos = [
-            info
-            for info in await self._snapshotter(request.snapshotter).infos(
-                request_namespace(context)
-            )
-            if wanted.matches(_fields(info))
-        ]
+        found = await self._snapshotter(request.snapshotter).infos(request_namespace(context))
+        infos = sorted(
+            (info for info in found if wanted.matches(_fields(info))), key=lambda info: info.name
+        )
         for begin in range(0, len(infos), _INFOS_PER_MESSAGE):
             part = infos[begin : begin + _INFOS_PER_MESSAGE]
             yield pb.ListSnapshotsResponse(info=map(_to_info, part))

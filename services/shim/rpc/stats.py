@@ -102,6 +102,7 @@ def _v1_memory(path: Path, metrics: v1.Metrics) -> None:
 
 
 def _v1_blkio(path: Path, metrics: v1.Metrics) -> None:
+    metrics.blkio.SetInParent()  # there, if empty, as upstream has it
     for field, name in _BLKIO_FILES.items():
         for line in read_lines(path / name):
             words = line.split()
