@@ -43,7 +43,7 @@ $(READY): pyproject.toml
 		python3 -m venv $(VENV); }
 	@echo "installing Python packages into $(VENV)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'pip>=25.1' 2>/dev/null
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[all]' --group dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[all,otel]' --group dev
 	@touch $(READY)
 
 demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 seconds

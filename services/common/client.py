@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
+from services.common import tracing
 from services.common.request import REQUEST_ID_KEY, new_request_id, request_id
 
 if TYPE_CHECKING:
@@ -107,23 +108,28 @@ class _Channel(grpc.aio.Channel):
         await self._channel.channel_ready()
 
     def unary_unary(self, *arguments: Any, **options: Any) -> Any:
-        return _Method(self._channel.unary_unary(*arguments, **options), self._namespace)
+        return self._made(self._channel.unary_unary, arguments, options)
 
     def unary_stream(self, *arguments: Any, **options: Any) -> Any:
-        return _Method(self._channel.unary_stream(*arguments, **options), self._namespace)
+        return self._made(self._channel.unary_stream, arguments, options)
 
     def stream_unary(self, *arguments: Any, **options: Any) -> Any:
-        return _Method(self._channel.stream_unary(*arguments, **options), self._namespace)
+        return self._made(self._channel.stream_unary, arguments, options)
 
     def stream_stream(self, *arguments: Any, **options: Any) -> Any:
-        return _Method(self._channel.stream_stream(*arguments, **options), self._namespace)
+        return self._made(self._channel.stream_stream, arguments, options)
+
+    def _made(self, make: Any, arguments: Any, options: Any) -> Any:
+        name = arguments[0] if arguments else options["method"]
+        return _Method(make(*arguments, **options), name, self._namespace)
 
 
 class _Method:
     """One method of a service, of whatever kind."""
 
-    def __init__(self, method: Any, namespace: str) -> None:
+    def __init__(self, method: Any, name: str, namespace: str) -> None:
         self._method = method
+        self._name = name
         self._namespace = namespace
 
     def __call__(self, *arguments: Any, metadata: Any = None, **options: Any) -> Any:
@@ -133,4 +139,8 @@ class _Method:
             complete.add(REQUEST_ID_KEY, request_id.get() or new_request_id())
         if self._namespace and NAMESPACE_KEY not in present:
             complete.add(NAMESPACE_KEY, self._namespace)
-        return self._method(*arguments, metadata=complete, **options)
+        done = tracing.calling(self._name, complete)
+        call = self._method(*arguments, metadata=complete, **options)
+        if done is not None:
+            call.add_done_callback(done)
+        return call

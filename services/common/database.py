@@ -19,6 +19,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from services.common import tracing
 from services.common.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ class Database:
     async def write(self, function: Callable[[Transaction], T]) -> T:
         """Run ``function`` in a transaction; returns its result once that is on the disk."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._requests.put((function, future))
-        # A caller that is cancelled does not undo a commit that is under way.
-        return await asyncio.shield(future)
+        with tracing.span("commit", database=self.path.name):
+            self._requests.put((function, future))
+            # A caller that is cancelled does not undo a commit that is under way.
+            return await asyncio.shield(future)
 
     async def read(self, function: Callable[[Transaction], T]) -> T:
         """Run ``function`` on a snapshot of the last commit; it must not write."""

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from services.common import tracing
 from services.common.errors import PermissionDenied, TheseusError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def run(name: str, work: Callable[[], None]) -> int:
     except OSError as error:
         sys.stderr.write(f"{name}: cannot start: {error}\n")
         return 1
+    finally:
+        tracing.flush()
     return 0
 
 

@@ -23,7 +23,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.common import errors
+from services.common import errors, tracing
 from services.common.client import MESSAGE_LIMIT_BYTES, NAMESPACE_KEY
 from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import to_status
@@ -316,7 +316,9 @@ class _Call:
         self._metrics.begin(self._labels)
         began = time.perf_counter()
         try:
-            yield outcome
+            with tracing.serving(self._method, context.invocation_metadata()) as span:
+                yield outcome
+                span.set(request_id=identity, code=outcome.code.name)
         except asyncio.CancelledError:
             outcome.code = grpc.StatusCode.CANCELLED
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common import log as logs
-from services.common import program
+from services.common import program, tracing
 from services.daemon.config import parse
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def _run() -> None:
     config = parse()
     logs.configure("daemon", config.log_level)
     program.require_root(NAME, "mounts and sets up networks")
+    tracing.configure(NAME)
     asyncio.run(_serve(config))
 
 

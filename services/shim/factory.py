@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
-from services.common import VERSION, linux
+from services.common import VERSION, linux, tracing
 from services.common import log as logs
 from services.common.errors import TheseusError
 from services.common.server import socket_group
@@ -188,10 +188,14 @@ async def run_shim(
 ) -> None:
     """Run a shim in this process, or go on with one as its ``successor``."""
     logs.configure("shim", config.log_level)
+    tracing.configure("theseus-shim", **{"container.id": config.id})
     structlog.contextvars.bind_contextvars(namespace=config.namespace, shim_id=config.id)
     if config.request_id and successor is None:
         log.info("shim starts", request_id=config.request_id)
-    await Shim(config, metrics, successor).run(serving)
+    try:
+        await Shim(config, metrics, successor).run(serving)
+    finally:
+        await asyncio.to_thread(tracing.flush)
 
 
 def _detach(config: ShimConfig) -> None:
@@ -221,6 +225,7 @@ def warm_up() -> None:
     # Imported late: it imports this process' own parts.
     from services.shim.rehearsal import rehearse
 
+    tracing.prepare()
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     socket_group()

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 
-from services.common import VERSION, linux
+from services.common import VERSION, linux, tracing
 from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.shim import handover
 from services.shim.runtimes import invocation
@@ -202,6 +202,7 @@ def execute(
     arguments = [*program, "reexec", "--state", str(state)]
     if failure:
         arguments += ["--failure", failure]
+    tracing.flush()
     handover.keep_over_exec(fds, keep=True)
     try:
         os.execv(program[0], arguments)

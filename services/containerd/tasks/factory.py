@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
 
+from services.common import tracing
 from services.common.background import Background
 from services.common.errors import DeadlineExceeded, Internal, Unavailable
 from services.common.log import request_id
@@ -145,8 +146,9 @@ class FactoryClient:
             }
         ).encode()
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await self._ask(message)
+            with tracing.span("shim from the factory"):
+                async with asyncio.timeout(timeout_s):
+                    reply = await self._ask(message)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"no shim for '{request.id}' within {timeout_s:g} s: see {request.bundle}/shim.log "

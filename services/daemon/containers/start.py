@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import structlog
 
+from services.common import tracing
 from services.common.errors import (
     Aborted,
     Cancelled,
@@ -218,9 +219,10 @@ class _Attempt:
         if plan.network_mode(record.config) is not NetworkMode.BRIDGE:
             return ""
         path = below.netns_directory / record.id
-        endpoint = await below.network.attach(
-            record.id, path, plan.network_ports(record.config.ports)
-        )
+        with tracing.span("network attach"):
+            endpoint = await below.network.attach(
+                record.id, path, plan.network_ports(record.config.ports)
+            )
         self._record = await below.store.change(
             record.id,
             lambda present: dataclasses.replace(

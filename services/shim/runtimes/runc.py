@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from services.common import tracing
 from services.common.errors import Unimplemented
 from services.shim.runtimes import failures, programs, seccomp
 from services.shim.runtimes.invocation import Outcome, run
@@ -146,17 +147,18 @@ class RuncRuntime:
     ) -> None:
         log_file = log_file or self._log_file
         offset = log_file.stat().st_size if log_file.exists() else 0
-        outcome = await run(
-            self._reaper,
-            [
-                self._program.path,
-                *self._program.arguments,
-                *self._global_flags(log_file),
-                *arguments,
-            ],
-            stdio=stdio,
-            timeout_s=self._timeout_s,
-        )
+        with tracing.span(f"{self._program.path.rpartition('/')[2]} {arguments[0]}"):
+            outcome = await run(
+                self._reaper,
+                [
+                    self._program.path,
+                    *self._program.arguments,
+                    *self._global_flags(log_file),
+                    *arguments,
+                ],
+                stdio=stdio,
+                timeout_s=self._timeout_s,
+            )
         if outcome.succeeded:
             return
         said = failures.read_log(log_file, offset) or failures.bounded(outcome.output)
