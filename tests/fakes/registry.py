@@ -32,7 +32,8 @@ _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<what>uploads
 class Fault:
     """Something that goes wrong with requests whose path contains ``path``.
 
-    Kinds: ``truncate`` (closes the connection), ``revoke`` (and forgets all tokens), ``corrupt``
+    Kinds: ``truncate`` (closes the connection), ``revoke`` (and forgets all tokens), ``stall``
+    (sends ``after_bytes`` and then nothing), ``corrupt``
     (sends other bytes), ``hang``, ``busy``
     (429 with ``retry_after``), ``status`` (answers ``status``), ``html``, ``loop`` (redirects to
     itself), ``redirect`` (to ``location``), ``whole`` (ignores Range), ``bare`` (leaves out digest
@@ -75,6 +76,8 @@ class FakeRegistry:
     tokens: dict[str, str] = field(default_factory=dict)
     forms: list[dict[str, str]] = field(default_factory=list)
     given: int = 0
+    sent_bytes: int = 0
+    stalled: asyncio.Event = field(default_factory=asyncio.Event)
     token_lifetime_s: int = 300
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
@@ -147,7 +150,7 @@ class FakeRegistry:
         for fault in self.faults:
             if fault.times > 0 and fault.path in request.path:
                 if (
-                    fault.kind in ("truncate", "revoke", "corrupt", "excess")
+                    fault.kind in ("truncate", "revoke", "stall", "corrupt", "excess")
                     and request.method != "GET"
                 ):
                     continue
@@ -227,13 +230,25 @@ class FakeRegistry:
             assert fault is not None
             if kind == "revoke":
                 self.tokens.clear()
-            await response.write(data[start : start + fault.after_bytes])
+            await self._write(response, data[start : start + fault.after_bytes])
             assert request.transport is not None
             request.transport.close()
             return response
-        await response.write(data[start:])
+        if kind == "stall":
+            assert fault is not None
+            await self._write(response, data[start : start + fault.after_bytes])
+            self.stalled.set()
+            await self._closing.wait()
+            if request.transport is not None:
+                request.transport.close()
+            return response
+        await self._write(response, data[start:])
         await response.write_eof()
         return response
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        self.sent_bytes += len(data)
+        await response.write(data)
 
     async def _upload(self, request: web.Request, name: str) -> web.StreamResponse:
         if request.method == "POST":

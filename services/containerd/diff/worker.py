@@ -31,7 +31,7 @@ from services.containerd.diff.unpack import unpack_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TextIO
+    from typing import IO, TextIO
 
 _DEEPEST_NAME = 2048  # components in PATH_MAX bytes
 logger = structlog.get_logger(__name__)
@@ -50,16 +50,20 @@ def main() -> None:
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount("", "/", flags=linux.MS_SLAVE | linux.MS_REC)
     # Nothing but answers may get into the pipe.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
+        os.dup2(2, 1)
+        serve(sys.stdin, answers)
 
 
-def serve(jobs: TextIO, answers: TextIO) -> None:
-    """Do each job and write its answer."""
+def serve(jobs: TextIO, answers: IO[bytes]) -> None:
+    """Do each job and write its answer; ends also when nobody is there to read it."""
     for line in jobs:
-        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
-        answers.flush()
+        answer = memoryview(json.dumps(_answer(json.loads(line))).encode() + b"\n")
+        try:
+            while answer:
+                answer = answer[answers.write(answer) :]
+        except BrokenPipeError:
+            return  # the service is gone, and its successor unpacks the layer anew
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from services.common.errors import AlreadyExists, DataLoss, NotFound, Unavailabl
 from services.containerd.content.labels import DISTRIBUTION_SOURCE
 from services.containerd.images.media_types import ref_key
 from services.containerd.keyed_lock import KeyedLock
+from services.containerd.transfer.resumption import INTERRUPTIONS
+from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from services.containerd.content.descriptor import Descriptor
@@ -29,6 +31,7 @@ class BlobFetcher:
         self._content = content
         self._downloads = asyncio.Semaphore(max_downloads)
         self._locks: KeyedLock[str] = KeyedLock()
+        self._writing: set[tuple[str, str]] = set()
 
     async def fetch(
         self, namespace: str, remote: Remote, descriptor: Descriptor, tracker: ProgressTracker
@@ -47,14 +50,27 @@ class BlobFetcher:
                 tracker.exists(descriptor)
                 await self._add_source(namespace, remote, descriptor)
                 return
+            key = namespace, ref_key(descriptor.media_type, descriptor.digest)
+            self._writing.add(key)
             async with writer:
                 try:
                     await self._fill(namespace, remote, descriptor, writer, tracker)
                     await self._commit(remote, descriptor, writer, tracker)
-                except BaseException:
-                    # Only a crash leaves a beginning behind, for the next pull to go on from.
-                    await self._abort(namespace, descriptor)
+                except INTERRUPTIONS:
+                    # A crash leaves the same: an ingest that the next pull goes on from.
+                    if not writer.offset_bytes:
+                        await uninterrupted(self._abort(*key))
                     raise
+                except BaseException:
+                    await uninterrupted(self._abort(*key))
+                    raise
+                finally:
+                    self._writing.discard(key)
+
+    async def discard(self, namespace: str, ref: str) -> None:
+        """Throw away what an interrupted fetch has left; one that is under way is left alone."""
+        if (namespace, ref) not in self._writing:
+            await self._abort(namespace, ref)
 
     async def _commit(
         self,
@@ -75,9 +91,9 @@ class BlobFetcher:
         else:
             tracker.completed(descriptor)
 
-    async def _abort(self, namespace: str, descriptor: Descriptor) -> None:
+    async def _abort(self, namespace: str, ref: str) -> None:
         with suppress(NotFound):
-            await self._content.abort(namespace, ref_key(descriptor.media_type, descriptor.digest))
+            await self._content.abort(namespace, ref)
 
     async def _open(self, namespace: str, descriptor: Descriptor) -> ContentWriter:
         ref = ref_key(descriptor.media_type, descriptor.digest)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from services.containerd.transfer.collaborators import first_error
 from services.containerd.transfer.destination import record
 from services.containerd.transfer.progress import Progress, ProgressTracker
+from services.containerd.transfer.resumption import PullLeases
 from services.containerd.transfer.selection import ImageTree
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Puller:
     ) -> None:
         self._content = content
         self._images = images
-        self._leases = leases
+        self._leases = PullLeases(leases, fetcher.discard)
         self._fetcher = fetcher
         self._unpacking = unpacking
 
@@ -63,11 +64,11 @@ class Puller:
 
         Raises:
             TheseusError: as :class:`Remote`, :class:`ImageTree` and :class:`Unpacker` say. Nothing
-                is recorded then; what has arrived serves the next attempt, until it is collected.
+                is recorded then; what has arrived serves the next attempt, if there can be one.
         """
         self._unpacking.check(destination)
         source = f"OCI Registry ({remote.reference})"
-        async with self._leases.hold(namespace):
+        async with self._leases.hold(namespace, str(remote.reference)):
             report(Progress(f"Resolving from {source}"))
             target = await remote.resolve()
             report(Progress(f"Pulling from {source}"))

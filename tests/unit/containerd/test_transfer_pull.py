@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.errors import DataLoss, InvalidArgument, NotFound
+from services.common.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import chain_ids, digest_of
+from services.containerd.content.store import CHUNK_BYTES
 from services.containerd.images import media_types
 from services.containerd.images.manifest import MalformedManifest
 from services.containerd.images.reference import parse_reference
@@ -214,7 +216,7 @@ async def test_a_failing_applier_leaves_no_snapshot_and_no_image(
     assert await node.meta.leases.find("a") == []
 
 
-async def test_a_pull_that_is_cancelled_cleans_up_and_can_be_repeated(
+async def test_a_pull_that_is_cancelled_leaves_no_snapshot_and_is_gone_on_with(
     registry: FakeRegistry, node: TransferNode
 ) -> None:
     blobs = Blobs()
@@ -227,9 +229,13 @@ async def test_a_pull_that_is_cancelled_cleans_up_and_can_be_repeated(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.snapshotter.names() == set()
-    assert await node.meta.leases.find("a") == []
+    [lease] = await node.meta.leases.find("a")
+    assert lease.labels["theseus.io/pull"] == name
     node.applier.gate = None
     assert await pull(node, name, destination)
+    assert len({seen.path for seen in registry.requests("GET", "/")}) == 3
+    assert len(registry.requests("GET", "/")) == 3
+    assert await node.meta.leases.find("a") == []
 
 
 async def test_an_unknown_snapshotter_is_refused_before_anything_is_fetched(
@@ -314,6 +320,75 @@ async def test_wrong_bytes_from_the_registry_are_data_loss_and_not_kept(
     assert image.layers[0].digest not in await node.digests()
     assert await node.content.statuses("a") == []
     assert await pull(node, name)
+
+
+async def arrived(node: TransferNode, whole: Descriptor, part: Descriptor, size: int) -> None:
+    """Wait until one blob is there, and ``size`` of another one but for what is in memory."""
+    async with asyncio.timeout(10):
+        while True:
+            offsets = {status.expected: status for status in await node.content.statuses("a")}
+            on_its_way = offsets.get(part.digest)
+            is_there = on_its_way is not None and on_its_way.offset_bytes > size - CHUNK_BYTES
+            if is_there and whole.digest in await node.digests():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_pull_that_fails_for_good_takes_what_others_had_begun(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    noise = [random.Random(seed).randbytes(3 << 20) for seed in range(2)]
+    image = build_image(blobs, [{"a": noise[0]}, {"b": noise[1]}])
+    name = registry.serve("lib/x", "1", image.manifest, blobs)
+    registry.faults.append(Fault("stall", image.layers[1].digest, after_bytes=2 << 20))
+    task = asyncio.ensure_future(pull(node, name))
+    await arrived(node, image.layers[0], image.layers[1], 2 << 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    [left] = await node.content.statuses("a")
+    assert left.offset_bytes == 2 << 20  # what was in memory was flushed
+    # The next attempt finds that the image is broken: what it went on from goes too.
+    node.applier.failure = DataLoss("the layer is broken")
+    with pytest.raises(DataLoss):
+        await pull(node, name, Destination(name=name, unpackings=(Unpacking(),)))
+    assert await node.content.statuses("a") == []
+    assert await node.meta.leases.find("a") == []
+
+
+@pytest.mark.parametrize("how", ["cut", "cancelled", "registry away"])
+async def test_an_interrupted_pull_is_gone_on_with_where_it_was(
+    how: str, registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    noise = [random.Random(seed).randbytes(8 << 20) for seed in range(2)]
+    image = build_image(blobs, [{"a": noise[0]}, {"b": noise[1]}])
+    name = registry.serve("lib/x", "1", image.manifest, blobs)
+    first, second = image.layers
+    half = 4 << 20
+    if how == "cut":
+        registry.faults.append(Fault("truncate", second.digest, after_bytes=half))
+    else:
+        registry.faults.append(Fault("stall", second.digest, after_bytes=half))
+        if how == "registry away":
+            registry.faults.append(Fault("status", second.digest, times=9, status=503))
+        task = asyncio.ensure_future(pull(node, name))
+        async with asyncio.timeout(20):
+            await arrived(node, first, second, half)
+            if how == "cancelled":
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                with pytest.raises(Unavailable):
+                    await task
+        registry.faults.clear()
+    await pull(node, name)
+    assert await node.digests() == set(blobs.data)
+    whole = sum(map(len, blobs.data.values()))
+    assert whole <= registry.sent_bytes <= 1.1 * whole
+    assert await node.meta.leases.find("a") == []
 
 
 async def test_progress_is_told_in_the_words_that_clients_know(
