@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -80,14 +81,15 @@ async def test_a_task_lives_from_create_to_delete(node: TaskNode, client: TaskCl
     assert (await wait).exit_status == 42
     deleted = await client.tasks.Delete(pb.DeleteTaskRequest(container_id="c1"), timeout=10)
     assert (deleted.exit_status, deleted.pid) == (42, created.pid)
-    assert not shim.alive
-    assert nothing_left(node)
     assert await node.topics() == [
         "/tasks/create",
         "/tasks/start",
         "/tasks/exit",
         "/tasks/delete",
     ]
+    await node.shims_removed()
+    assert not shim.alive
+    assert nothing_left(node)
     code, _ = await failure(client.tasks.Get(pb.GetRequest(container_id="c1"), timeout=10))
     assert code is grpc.StatusCode.NOT_FOUND
 
@@ -249,7 +251,50 @@ async def test_two_deletions_are_one(node: TaskNode, client: TaskClient) -> None
     assert answers
     assert {answer.exit_status for answer in answers} == {3}
     assert {error.code() for error in refusals} <= {grpc.StatusCode.NOT_FOUND}
+    await node.shims_removed()
     assert nothing_left(node)
+
+
+async def test_a_deletion_does_not_wait_for_the_end_of_the_shim(
+    node: TaskNode, client: TaskClient
+) -> None:
+    shim = await node.running("c1")
+    await shim.exit("", 3)
+    shim.hanging.add("Shutdown")
+    request = pb.DeleteTaskRequest(container_id="c1")
+    assert (await client.tasks.Delete(request, timeout=10)).exit_status == 3
+    assert shim.alive
+    assert json.loads((shim.bundle / "deleting").read_text()) == {"exit_status": 3, "clean": True}
+    assert (await node.topics())[-1] == "/tasks/delete"
+    for call in (
+        client.tasks.Delete(request, timeout=10),
+        client.tasks.Get(pb.GetRequest(container_id="c1"), timeout=10),
+        client.tasks.Wait(pb.WaitRequest(container_id="c1"), timeout=10),
+    ):
+        assert (await failure(call))[0] is grpc.StatusCode.NOT_FOUND
+    listed = await client.tasks.List(pb.ListTasksRequest(), timeout=10)
+    assert list(listed.tasks) == []
+    await shim.die()
+    await node.shims_removed()
+    assert nothing_left(node)
+
+
+async def test_a_new_task_of_the_same_id_waits_for_the_end_of_the_old_one(
+    node: TaskNode, client: TaskClient
+) -> None:
+    old = await node.running("c1")
+    await old.exit("", 3)
+    old.hanging.add("Shutdown")
+    await client.tasks.Delete(pb.DeleteTaskRequest(container_id="c1"), timeout=10)
+    creating = asyncio.ensure_future(
+        client.tasks.Create(pb.CreateTaskRequest(container_id="c1"), timeout=10)
+    )
+    await old.called("Shutdown")
+    assert not creating.done()
+    await old.die()
+    created = await creating
+    assert node.shim("c1") is not old
+    assert created.pid == node.shim("c1").processes[""].pid
 
 
 async def test_a_checkpoint_is_kept_as_content_and_restored(

@@ -431,7 +431,7 @@ async def test_a_bundle_whose_shim_never_came_up_is_removed(node: TaskNode) -> N
     assert bundle_gone(node, "c1")
 
 
-@pytest.mark.parametrize("step", ["marked", "shim gone", "half a bundle"])
+@pytest.mark.parametrize("step", ["marked", "answered", "shim gone", "half a bundle"])
 async def test_a_deletion_goes_on_after_a_restart(node: TaskNode, step: str) -> None:
     shim = await node.running("c1")
     await shim.exit("", 1)
@@ -440,7 +440,8 @@ async def test_a_deletion_goes_on_after_a_restart(node: TaskNode, step: str) -> 
         await shim.die()
         shim.bundle.rename(shim.bundle.with_name(".c1.0000"))
     else:
-        (shim.bundle / "deleting").write_text("{}")
+        note = {"clean": True, "exit_status": 1} if step == "answered" else {}
+        (shim.bundle / "deleting").write_text(json.dumps(note))
         if step == "shim gone":
             await shim.die()
     await node.start()

@@ -136,7 +136,9 @@ class Node(TaskNode):
         assert process is not None
         return process.pid
 
-    def assert_clean(self) -> None:
+    async def assert_clean(self) -> None:
+        async with asyncio.timeout(10):
+            await self.shims_removed()
         assert list((self.state / "tasks" / NS).iterdir()) == []
         assert list((self.state / "s").iterdir()) == []
         assert str(self.state) not in Path("/proc/self/mountinfo").read_text()
@@ -146,12 +148,16 @@ class Node(TaskNode):
 
     async def close(self) -> None:
         for known in self.shims.all(NS):
+            if known.dismissed is not None:
+                continue
             if known.process is not None and known.process.alive():
                 for process in await known.shim.pids() if known.shim else ():
                     with suppress(ProcessLookupError):
                         os.kill(process.pid, signal.SIGKILL)
                 await self.tasks.wait(NS, known.id)
             await self.tasks.delete(NS, known.id)
+        async with asyncio.timeout(10):
+            await self.shims_removed()
         await super().close()
         unmount_beneath(self.state)
         for path in Path("/sys/fs/cgroup").glob("*/theseus-tasks"):
@@ -177,13 +183,13 @@ async def test_a_real_container_from_create_to_delete(node: Node, runtime: str) 
     assert (await node.call("Delete", "c1")).exit_status == 42
     assert (node.root / "out").read_text() == "hello\n"
     assert await node.topics() == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
-    node.assert_clean()
+    await node.assert_clean()
 
 
 async def test_a_creation_that_the_runtime_refuses_leaves_nothing(node: Node) -> None:
     with pytest.raises(Exception, match="nothing-here"):
         await node.create("c1", "/nothing-here")
-    node.assert_clean()
+    await node.assert_clean()
 
 
 async def test_a_container_outlives_containerd_and_its_status_is_found(node: Node) -> None:
@@ -219,7 +225,7 @@ async def test_a_container_outlives_containerd_and_its_status_is_found(node: Nod
     for name, status in (("c1", 137), ("c2", 7), ("c3", 137)):
         assert (await node.call("Delete", name)).exit_status == status
     assert (await node.topics()).count("/tasks/exit") == 3
-    node.assert_clean()
+    await node.assert_clean()
 
 
 async def test_an_exec_in_a_real_container(node: Node) -> None:
@@ -252,7 +258,7 @@ async def test_a_dead_shim_is_buried_with_true_statuses(node: Node, running: boo
     assert not Path(f"/proc/{init}").exists()
     assert (await node.call("Delete", "c1")).exit_status == expected
     assert (await node.topics()).count("/tasks/exit") == 1
-    node.assert_clean()
+    await node.assert_clean()
 
 
 async def test_a_frozen_container_is_buried_as_well(node: Node, runtime: str) -> None:
@@ -262,7 +268,7 @@ async def test_a_frozen_container_is_buried_as_well(node: Node, runtime: str) ->
     os.kill(node.shim_pid("c1"), signal.SIGKILL)
     assert (await node.call("Wait", "c1")).exit_status == 137
     assert (await node.call("Delete", "c1")).exit_status == 137
-    node.assert_clean()
+    await node.assert_clean()
 
 
 async def test_many_at_once(node: Node) -> None:
@@ -274,4 +280,4 @@ async def test_many_at_once(node: Node) -> None:
         return int((await node.call("Delete", name)).exit_status)
 
     assert await asyncio.gather(*(life(number) for number in range(12))) == list(range(12))
-    node.assert_clean()
+    await node.assert_clean()

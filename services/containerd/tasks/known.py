@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from services.common.errors import Unavailable
 from services.containerd.tasks.shim import TaskNotFound
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from services.containerd.tasks.bundle import Bundle
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.tasks.registration import ShimSession
@@ -67,6 +69,8 @@ class KnownShim:
         session: its registration stream, while that stands.
         exits: how its processes ended, by exec id, as far as containerd was told.
         removal: held by whoever removes it.
+        dismissed: the note of its deletion, once its task is deleted and it is on its way out.
+        deletion_told: set once the journal has its ``/tasks/delete``.
     """
 
     def __init__(self, bundle: Bundle, instance_id: str, standing: Standing) -> None:
@@ -80,6 +84,8 @@ class KnownShim:
         self.session: ShimSession | None = None
         self.exits: dict[str, ProcessExit] = {}
         self.removal = asyncio.Lock()
+        self.dismissed: Mapping[str, Any] | None = None
+        self.deletion_told = asyncio.Event()
         self.replaced_at: list[float] = []
         self._standing = standing
         self._changed = asyncio.Event()

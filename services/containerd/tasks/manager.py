@@ -131,7 +131,9 @@ class TaskManager:
         return pid
 
     async def delete(self, namespace: str, container_id: str) -> ProcessExit:
-        """Delete a task that has stopped, or never started, and its shim; returns how init ended.
+        """Delete a task that has stopped, or never started; returns how init ended.
+
+        Its shim goes after that, by itself (see :meth:`ShimManager.dismiss`).
 
         Raises:
             NotFound: no such container, or it has no task.
@@ -140,6 +142,8 @@ class TaskManager:
         """
         await self._containers.get(namespace, container_id)
         known = self._shims.get(namespace, container_id)
+        if known.dismissed is not None:
+            raise _no_task(known)
         if known.standing is Standing.REMOVING:  # by another call, or an earlier one that failed
             if await uninterrupted(self._shims.remove(known)) and "" in known.exits:
                 return known.exits[""]
@@ -154,7 +158,7 @@ class TaskManager:
             message = self._journal.codec.encode_delete(container_id, end)
             await self._journal.say_for(namespace, known.instance_id, [(TOPIC_DELETE, message)])
         note = {} if end is None else {"exit_status": end.exit_status}
-        await uninterrupted(self._shims.remove(known, note, clean=True))
+        await uninterrupted(self._shims.dismiss(known, note, told=end is not None))
         if end is None:
             raise lost or _no_task(known)
         return end

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
-from services.containerd.tasks.journal import TOPIC_EXEC_ADDED, TOPIC_EXIT
+from services.containerd.tasks.journal import TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXIT
 from services.containerd.tasks.known import Standing
 
 if TYPE_CHECKING:
@@ -206,3 +206,5 @@ def note_events(known: KnownShim, events: list[ShimEvent], journal: TaskJournal)
                 known.exits[notice.exec_id] = notice.exit
         elif event.topic == TOPIC_EXEC_ADDED:
             known.exits.pop(journal.codec.decode_exec_added(event.event), None)
+        elif event.topic == TOPIC_DELETE:
+            known.deletion_told.set()

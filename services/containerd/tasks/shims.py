@@ -8,6 +8,7 @@ At start the state directory names the shims to expect; what becomes of those th
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,6 +35,7 @@ from services.containerd.tasks.shim import TaskNotFound
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from services.containerd.tasks.bundle import Bundles, ShimRecord
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from services.containerd.tasks.undertaker import Undertaker
 
 log = structlog.get_logger(__name__)
+
+_LEAVE_S = 2.0
+_TOLD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ class ShimManager:
         )
         self._boot_id = linux.boot_id()
         self._draining = False
+        self._leaving: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
         for found in await asyncio.to_thread(look_around, self._bundles):
@@ -114,6 +120,8 @@ class ShimManager:
         traceback: TracebackType | None,
     ) -> None:
         self.drain()
+        if self._leaving:  # what is cut off here is found by the next start
+            await asyncio.wait(self._leaving, timeout=_LEAVE_S)
         await self._background.stop()
         for known in self._shims.values():
             if known.shim is not None:
@@ -156,6 +164,8 @@ class ShimManager:
             InvalidArgument: as ``Bundles.create``.
         """
         key = (namespace, container_id)
+        if (leaving := self._shims.get(key)) is not None and leaving.dismissed is not None:
+            await uninterrupted(self.remove(leaving))
         if key in self._shims:
             raise AlreadyExists(
                 f"task '{container_id}' already exists in namespace '{namespace}': delete it first",
@@ -217,9 +227,37 @@ class ShimManager:
         self._enrol(known, session, hello)
         return Welcome(self._identity.containerd_id, self._identity.epoch, progress), session
 
-    async def remove(
-        self, known: KnownShim, note: dict[str, Any] | None = None, *, clean: bool = False
-    ) -> bool:
+    async def dismiss(self, known: KnownShim, note: Mapping[str, Any], *, told: bool) -> None:
+        """Let the shim of a deleted task go; returns once that cannot get lost any more.
+
+        By then its removal is on record, and its events are in the journal where it can deliver
+        them. The removal goes on by itself; a new task of the same id waits for its end.
+
+        Args:
+            known: the shim, whose container is deleted.
+            note: for the record.
+            told: whether it tells of the deletion.
+        """
+        is_dead = known.standing is Standing.GONE
+        known.turn(Standing.REMOVING)
+        note = {**note, "clean": True}
+        await self._undertaker.mark(known, note)
+        if known.dismissed is not None:  # by another call at the same time
+            return
+        known.dismissed = note
+        if is_dead:  # there is nobody to wait for
+            await self.remove(known)
+            return
+        if told and known.session is not None:
+            # What does not come within the time is read from its spool by the removal.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TOLD_S):
+                    await known.deletion_told.wait()
+        task = self._background.start(self.remove(known), name=f"remove {known.id}")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def remove(self, known: KnownShim) -> bool:
         """Take a task's shim and bundle away (see ``Undertaker.remove``).
 
         Returns:
@@ -229,7 +267,10 @@ class ShimManager:
             if known.standing is Standing.REMOVED:
                 return False
             known.turn(Standing.REMOVING)
-            await self._undertaker.remove(known, note or {}, clean=clean)
+            if known.dismissed is None:
+                await self._undertaker.mark(known, {})
+            clean = known.dismissed is not None and bool(known.dismissed.get("clean"))
+            await self._undertaker.remove(known, clean=clean)
             if known.session is not None:
                 known.session.end()
             del self._shims[known.namespace, known.id]
@@ -264,7 +305,8 @@ class ShimManager:
         name = f"shim {bundle.id}"
         if found.record is None or found.deletion is not None:
             log.info("removal of a task goes on", namespace=bundle.namespace, container=bundle.id)
-            self._background.start(self.remove(known, found.deletion), name=name)
+            known.dismissed = found.deletion or {}
+            self._background.start(self.remove(known), name=name)
         elif found.epitaph is not None:
             known.shim = GoneShim(found.epitaph)
             known.turn(Standing.GONE)

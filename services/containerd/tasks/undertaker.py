@@ -10,7 +10,8 @@ A process that still ran when its shim had died is killed here, and the kernel t
 event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
 
 Removal: ``deleting`` written · shim told to go, then killed · spool -> journal · leftovers, mounts,
-bundle. Both sequences can be repeated from the start after a crash at any step.
+bundle. Both sequences can be repeated from the start after a crash at any step. Whoever deletes a
+task waits for the first step of a removal; the rest follows behind its back.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from services.containerd.tasks.remains import (
 from services.containerd.tasks.shim import ProcessExit
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from services.containerd.tasks.fd_keeper import DescriptorKeeper
     from services.containerd.tasks.journal import TaskJournal
@@ -106,15 +107,22 @@ class Undertaker:
         self._release(known)
         return epitaph
 
-    async def remove(self, known: KnownShim, note: dict[str, Any], *, clean: bool) -> None:
-        """Take away shim and bundle.
+    async def mark(self, known: KnownShim, note: Mapping[str, Any]) -> None:
+        """Record that shim and bundle are to go: whoever finds the record goes on with it.
 
         Args:
             known: the shim.
             note: goes into the ``deleting`` file.
-            clean: the shim has deleted the container already.
         """
         await asyncio.to_thread(_mark, known, note)
+
+    async def remove(self, known: KnownShim, *, clean: bool) -> None:
+        """Take away shim and bundle, after :meth:`mark`.
+
+        Args:
+            known: the shim.
+            clean: the shim has deleted the container already.
+        """
         await self._send_away(known, now=not clean)
         await self.drain(known)
         if not clean:
@@ -218,9 +226,9 @@ async def _ask_to_go(shim: Shim, *, now: bool) -> None:
         log.debug("shutdown of a shim not answered", reason=error.message)
 
 
-def _mark(known: KnownShim, note: dict[str, Any]) -> None:
+def _mark(known: KnownShim, note: Mapping[str, Any]) -> None:
     if known.bundle.exists():
-        known.bundle.begin_deletion(note)
+        known.bundle.begin_deletion(dict(note))
 
 
 def _close_grave(known: KnownShim, epitaph: Epitaph) -> None:
