@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
@@ -157,6 +158,29 @@ async def test_directory_of_the_socket_goes_and_comes_back(maker, fake, tmp_path
         await registry.stop()
         shutil.rmtree(directory.parent)
     assert (await shim.info()).epoch in (2, 3)
+
+
+def is_watching(shim) -> bool:
+    for descriptor in Path(f"/proc/{shim.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "inotify" in str(descriptor.readlink()):
+                return True
+    return False
+
+
+async def test_registered_shim_watches_nothing(maker, fake):
+    registry = FakeRegistry(maker.registry_socket)
+    await registry.start()
+    shim = await maker.start(maker.bundle(plain_spec("/bin/true")))
+    await registry.wait_for(lambda r: r.hellos)
+    await eventually(lambda: not is_watching(shim))
+    await registry.stop()
+    await eventually(lambda: is_watching(shim))
+    returned = FakeRegistry(maker.registry_socket, epoch=2)
+    await returned.start()
+    await returned.wait_for(lambda r: r.hellos)
+    await eventually(lambda: not is_watching(shim))
+    await returned.stop()
 
 
 async def test_containerd_that_returns_is_found_at_once(maker, fake):

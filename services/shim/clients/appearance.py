@@ -32,13 +32,7 @@ class Appearance:
         self._watches: dict[int, str] = {}
 
     def __enter__(self) -> Self:
-        try:
-            self._fd = linux.inotify_init()
-        except OSError as error:  # the user's limit of instances: the pause has to do
-            log.warning("cannot watch for containerd's socket", error=error.strerror)
-            return self
-        asyncio.get_running_loop().add_reader(self._fd, self._changed)
-        self._arm()
+        self.open()
         return self
 
     def __exit__(
@@ -47,10 +41,27 @@ class Appearance:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Watch from now on. Idempotent."""
+        if self._fd >= 0:
+            return
+        try:
+            self._fd = linux.inotify_init()
+        except OSError as error:  # the user's limit of instances: the pause has to do
+            log.warning("cannot watch for containerd's socket", error=error.strerror)
+            return
+        asyncio.get_running_loop().add_reader(self._fd, self._changed)
+        self._arm()
+
+    def close(self) -> None:
+        """Watch no more. Idempotent; takes some 10 ms, as the kernel waits for its readers."""
         if self._fd >= 0:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
+            self._watches.clear()
 
     async def wait(self, limit_s: float) -> None:
         """Wait until something may have appeared since the last time, at most ``limit_s``."""

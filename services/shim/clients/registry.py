@@ -1,9 +1,10 @@
 """Keeps a shim registered with containerd, for ever, and delivers the events of its spool.
 
 The stream is opened as soon as the shim serves, and again whenever it breaks. Whether containerd is
-there is found out with a plain connect, which costs nothing, before gRPC is bothered; a watch on
-the socket's directory wakes a waiting shim the moment that a socket appears there, a growing pause
-does where a watch cannot (an address in use by a process that is going away).
+there again is found out with a plain connect, which costs nothing, before gRPC is bothered; a watch
+on the socket's directory wakes a waiting shim the moment that a socket appears there, a growing
+pause does where a watch cannot (an address in use by a process that is going away). There is a
+watch only while there is no registration: most shims never need one.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class RegistryClient:
         self.epoch = epoch
         self.registered = False
         self._address = address
+        self._appearance = Appearance(address)
         self._hello = hello
         self._spool = spool
         self._metrics = metrics
@@ -78,13 +80,17 @@ class RegistryClient:
     async def run(self) -> None:
         """Stay registered until cancelled."""
         backoff_s = _BACKOFF_FIRST_S
-        with Appearance(self._address) as appearance:
+        try:
             while True:
                 if await self._is_there():
                     welcomed = await self._register()
                     backoff_s = _BACKOFF_FIRST_S if welcomed else backoff_s
-                await appearance.wait(backoff_s)
+                # What appeared before there was a watch is found after the first, short pause.
+                self._appearance.open()
+                await self._appearance.wait(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
+        finally:
+            self._appearance.close()
 
     async def _is_there(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -140,6 +146,7 @@ class RegistryClient:
         self._spool.acknowledge(welcome.last_acked_seq)
         self._metrics.registrations.inc()
         self._set_registered(True)
+        self._appearance.close()
         log.info("registered", containerd_id=welcome.containerd_id, epoch=welcome.epoch)
 
     async def _deliver(self, call: _Call) -> None:
