@@ -49,8 +49,8 @@ $(READY): pyproject.toml
 demo: setup ## pulls an image, runs containers, kills the tiers under them: 20 seconds
 	@$(BIN)/python -m tools.sandbox $(BIN)/python -m tools.demo
 
-# The suite compares with containerd's own client and with skopeo.
-test: DEBIAN += containerd skopeo openssl
+# The suite compares with containerd's own client and with skopeo, on several file systems.
+test: DEBIAN += containerd skopeo btrfs-progs openssl
 test: setup ## runs the whole suite; as root that includes real containers
 	@$(PLOTS)
 	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)

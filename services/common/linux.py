@@ -2,7 +2,8 @@
 
 Each function wraps one call faithfully and holds no policy. Constants are named as in the headers.
 Man pages: mount(2), umount2(2), prctl(2), openat2(2), syncfs(2), setns(2), unshare(2), inotify(7),
-pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
+pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2),
+mount_setattr(2), clone(2).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,7 @@ MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
 MOUNT_ATTR_NODIRATIME = 0x80
+MOUNT_ATTR_IDMAP = 0x100000
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 
 RESOLVE_NO_XDEV = 0x01
@@ -85,11 +88,19 @@ IN_DELETE_SELF = 0x400
 IN_MOVE_SELF = 0x800
 
 # System calls added since Linux 5.1 have the same number on every architecture but alpha.
+_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_CLONE3 = 435
 _SYS_OPENAT2 = 437
+_SYS_MOUNT_SETATTR = 442
+
+_OPEN_TREE_CLONE = 0x1
+_AT_EMPTY_PATH = 0x1000
+_CLONE_CLEAR_SIGHAND = 0x1_0000_0000
+_WALL = 0x40000000  # wait(2): children that send no signal when they end, too
 
 # linux/pidfd.h, struct pidfd_info version 2 (64 bytes): mask, cgroupid, pid, tgid, ppid, ruid,
 # rgid, euid, egid, suid, sgid, fsuid, fsgid, exit_code
@@ -98,6 +109,8 @@ _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 PIDFD_INFO_EXIT = 1 << 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_held = ctypes.PyDLL(None, use_errno=True)
+_libc_held.syscall.restype = ctypes.c_long
 _libc.mount.argtypes = [
     ctypes.c_char_p,
     ctypes.c_char_p,
@@ -124,6 +137,15 @@ class _OpenHow(ctypes.Structure):
         ("flags", ctypes.c_uint64),
         ("mode", ctypes.c_uint64),
         ("resolve", ctypes.c_uint64),
+    )
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
     )
 
 
@@ -192,6 +214,64 @@ def fsmount(fd: int, attributes: int = 0) -> int:
         ctypes.c_uint(attributes),
     )
     return _check(mount_fd, "fsmount")
+
+
+def clone_tree(path: str | Path) -> int:
+    """A detached copy of the mount at ``path`` (open_tree(2)); the caller closes it."""
+    fd: int = _libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_int(-100),  # AT_FDCWD
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+    )
+    return _check(fd, str(path))
+
+
+def idmap_mount(mount_fd: int, userns_fd: int, *, attributes: int = 0) -> None:
+    """Map owners on a detached mount as a user namespace does (mount_setattr(2)).
+
+    What the file system says is 0 is shown as the id that the namespace's root has outside.
+    """
+    wanted = _MountAttr(MOUNT_ATTR_IDMAP | attributes, 0, 0, userns_fd)
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOUNT_SETATTR),
+            ctypes.c_int(mount_fd),
+            ctypes.c_char_p(b""),
+            ctypes.c_uint(_AT_EMPTY_PATH),
+            ctypes.byref(wanted),
+            ctypes.c_size_t(ctypes.sizeof(wanted)),
+        ),
+        "mount_setattr",
+    )
+
+
+def user_namespace(uid_map: str, gid_map: str) -> int:
+    """A descriptor of a new user namespace with those maps (user_namespaces(7)).
+
+    The caller closes it. The namespace is made by a child that does nothing and is gone on return.
+    It sends no signal when it ends, so that nobody who waits for children of his own gets it; what
+    it has of this process is never used, whatever other threads were at.
+    """
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, its size, tls
+    wanted = (ctypes.c_uint64 * 8)(CLONE_NEWUSER | _CLONE_CLEAR_SIGHAND)
+    # Not through _libc, which lets other threads run: one would own the child's interpreter.
+    pid: int = _libc_held.syscall(
+        ctypes.c_long(_SYS_CLONE3), ctypes.byref(wanted), ctypes.c_size_t(ctypes.sizeof(wanted))
+    )
+    if pid == 0:  # pragma: no cover (the child)
+        while True:
+            _libc_held.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _libc_held.pause()
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "clone3")
+    try:
+        for name, text in (("uid_map", uid_map), ("gid_map", gid_map)):
+            Path(f"/proc/{pid}/{name}").write_text(text)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, _WALL)
 
 
 def move_mount(mount_fd: int, target: str | Path) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from services.common import linux
+from services.common import idmap, linux
 from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ _ATTRIBUTES = {
     linux.MS_STRICTATIME: linux.MOUNT_ATTR_STRICTATIME,
     linux.MS_NODIRATIME: linux.MOUNT_ATTR_NODIRATIME,
 }
-_NOT_HERE = ("loop", "uidmap=", "gidmap=", "X-containerd.")
+_NOT_HERE = ("loop", "X-containerd.")
+_SAME_IDS = idmap.IdMap()
 
 
 class MountFailed(FailedPrecondition):
@@ -111,11 +112,13 @@ class MountOptions:
         flags: of the mount.
         propagation: MS_SHARED or the like, perhaps with MS_REC; 0: as it comes.
         data: what is meant for the file system.
+        ids: how owners are mapped; false: they are shown as they are.
     """
 
     flags: int
     propagation: int
     data: tuple[str, ...]
+    ids: idmap.IdMap = _SAME_IDS
 
 
 def parse_options(options: Sequence[str]) -> MountOptions:
@@ -126,6 +129,7 @@ def parse_options(options: Sequence[str]) -> MountOptions:
     """
     flags = propagation = 0
     data = []
+    ids = {"uidmap": "", "gidmap": ""}
     for option in options:
         if option in _SETS:
             flags |= _SETS[option]
@@ -137,9 +141,12 @@ def parse_options(options: Sequence[str]) -> MountOptions:
             propagation = _PROPAGATIONS[option[1:]] | linux.MS_REC
         elif option.startswith(_NOT_HERE):
             raise Unimplemented(f"mount option {option!r} is not supported here")
+        elif option.startswith(("uidmap=", "gidmap=")):
+            name, _, ids[name] = option.partition("=")
         elif option:
             data.append(option)
-    return MountOptions(flags, propagation, tuple(data))
+    mapping = idmap.IdMap(ids["uidmap"], ids["gidmap"])
+    return MountOptions(flags, propagation, tuple(data), mapping)
 
 
 def mount_all(mounts: Sequence[Mount], target: Path) -> None:
@@ -224,8 +231,15 @@ def temporary_mount(
 
 
 def as_readonly(mount: Mount) -> Mount:
-    """The same mount, for reading only: an overlay then needs no upper and no work directory."""
-    options = [option for option in mount.options if option not in ("rw", "ro")]
+    """The same mount, for reading only: an overlay then needs no upper and no work directory.
+
+    Owners are shown as they are on the disk, where those of an upper directory are mapped already.
+    """
+    options = [
+        option
+        for option in mount.options
+        if option not in ("rw", "ro") and not option.startswith(("uidmap=", "gidmap="))
+    ]
     if mount.type == "overlay":
         upper = overlay_option(options, "upperdir")
         lower = overlay_option(options, "lowerdir")
@@ -282,7 +296,9 @@ def _mount_one(mount: Mount, target: Path) -> None:
     if mount.type in ("bind", "rbind"):
         flags |= linux.MS_BIND | (linux.MS_REC if mount.type == "rbind" else 0)
     try:
-        if mount.type == "overlay" and not flags & linux.MS_REMOUNT:
+        if options.ids:
+            _mount_mapped(mount, target, flags, options)
+        elif mount.type == "overlay" and not flags & linux.MS_REMOUNT:
             _mount_overlay(mount, target, flags, options.data)
         else:
             fstype = "" if flags & linux.MS_BIND else mount.type
@@ -306,6 +322,45 @@ def _mount_classic(source: str, target: Path, fstype: str, flags: int, data: Seq
             f"takes {_DATA_MAX_BYTES}"
         )
     linux.mount(source, target, fstype=fstype, flags=flags, data=text)
+
+
+def _mount_mapped(mount: Mount, target: Path, flags: int, options: MountOptions) -> None:
+    if flags & linux.MS_REMOUNT or not (flags & linux.MS_BIND or mount.type == "overlay"):
+        raise Unimplemented(f"a mount of type {mount.type!r} cannot have its owners mapped")
+    with options.ids.namespace() as namespace:
+        if flags & linux.MS_BIND:
+            idmap.attach(mount.source, target, namespace)
+        else:
+            _mount_mapped_overlay(mount, target, flags, options.data, namespace)
+
+
+def _mount_mapped_overlay(
+    mount: Mount, target: Path, flags: int, data: Sequence[str], namespace: int
+) -> None:
+    """Mount an overlay on lower directories with mapped owners.
+
+    The directory that has them all is shown, mapped, at the target itself for a moment, because
+    layers have to be in the mount namespace while the overlay is made; it then has its own copies.
+    """
+    layers = overlay_option(data, "lowerdir").split(":")
+    common = os.path.commonpath([str(Path(layer).parent) for layer in layers])
+    idmap.attach(common, target, namespace, attributes=linux.MOUNT_ATTR_RDONLY)
+    try:
+        directory = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            shown = (f"/proc/self/fd/{directory}/{os.path.relpath(p, common)}" for p in layers)
+            rest = [option for option in data if not option.startswith("lowerdir=")]
+            _mount_overlay(mount, target, flags, [*rest, f"lowerdir={':'.join(shown)}"])
+        finally:
+            os.close(directory)
+        overlay = linux.clone_tree(target)
+        linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    finally:
+        linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    try:
+        linux.move_mount(overlay, target)
+    finally:
+        os.close(overlay)
 
 
 def _mount_overlay(mount: Mount, target: Path, flags: int, data: Sequence[str]) -> None:

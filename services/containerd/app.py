@@ -20,11 +20,13 @@ from prometheus_client import CollectorRegistry
 from services.common.background import Background
 from services.common.database import Database
 from services.common.draining import Draining
+from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.clients.shim import ShimClient
 from services.containerd.clients.shim_events import ShimEventCodec
+from services.containerd.clients.snapshots import SnapshotsClient
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.content.local import LocalContentStore
 from services.containerd.diff.local_applier import LocalApplier
@@ -43,7 +45,7 @@ from services.containerd.metadata import meta
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.metrics import ContainerdMetrics, join_pages
 from services.containerd.namespaces.registry import Namespaces
-from services.containerd.plugins import list_plugins
+from services.containerd.plugins import Plugged, list_plugins
 from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.rpc.containers import ContainersService
 from services.containerd.rpc.content import ContentService
@@ -64,7 +66,10 @@ from services.containerd.rpc.tasks import TasksService
 from services.containerd.rpc.transfer import TransferService
 from services.containerd.rpc.upgrades import UpgradesService
 from services.containerd.rpc.version import VersionService
+from services.containerd.snapshots.native import NativeSnapshotter
 from services.containerd.snapshots.overlay import OverlaySnapshotter
+from services.containerd.snapshots.recorded import SnapshotIds
+from services.containerd.snapshots.remote import RemoteSnapshotter
 from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.checkpoints import Checkpoints
 from services.containerd.tasks.factory import FactoryClient
@@ -87,6 +92,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from services.containerd.config import Config
+    from services.containerd.snapshots.recorded import RecordedSnapshotter
 
 log = structlog.get_logger(__name__)
 
@@ -122,10 +128,7 @@ class App:
         self._content = LocalContentStore(
             config.root, self._db, events=self._journal, gc_lock=gc_lock
         )
-        overlay = OverlaySnapshotter(
-            config.root, self._db, events=self._journal, leases=self._leases
-        )
-        self._snapshotters = {overlay.name: overlay}
+        self._build_snapshotters()
         collector = Collector(
             self._db,
             self._journal,
@@ -144,6 +147,29 @@ class App:
         self._images = LocalImageStore(
             self._db, self._journal, on_garbage=self._on_garbage, collect=self._gc.collect
         )
+
+    def _build_snapshotters(self) -> None:
+        config = self._config
+        ids = SnapshotIds()
+        self._snapshotters: dict[str, RecordedSnapshotter] = {}
+        self._plugged: dict[str, Plugged] = {}
+        self._backends: list[SnapshotsClient] = []
+        for kind in (OverlaySnapshotter, NativeSnapshotter):
+            local = kind(config.root, self._db, events=self._journal, leases=self._leases, ids=ids)
+            self._snapshotters[local.name] = local
+            self._plugged[local.name] = Plugged({"root": str(local.root)}, local.capabilities)
+        for proxy in config.proxy_snapshotters:
+            backend = SnapshotsClient(proxy.name, proxy.address)
+            self._backends.append(backend)
+            self._snapshotters[proxy.name] = RemoteSnapshotter(
+                backend,
+                self._db,
+                events=self._journal,
+                leases=self._leases,
+                capabilities=proxy.capabilities,
+                ids=ids,
+            )
+            self._plugged[proxy.name] = Plugged({"address": proxy.address}, proxy.capabilities)
 
     def _build_images(self) -> None:
         config = self._config
@@ -204,6 +230,8 @@ class App:
         epoch = await self._db.write(meta.next_epoch)
         self._metrics.epoch.set(epoch)
         await self._content.reconcile()
+        for backend in self._backends:
+            stack.push_async_callback(backend.close)
         for snapshotter in self._snapshotters.values():
             await snapshotter.open()
         await stack.enter_async_context(self._workers)
@@ -290,7 +318,7 @@ class App:
         plugins = list_plugins(
             platform=host_platform(),
             content_root=str(self._config.root / "content"),
-            snapshotters={name: str(s.root) for name, s in self._snapshotters.items()},
+            snapshotters=self._plugged,
         )
         streams = StreamRegister()
         return {
@@ -323,7 +351,10 @@ class App:
 
     async def _clean_snapshots(self) -> None:
         for snapshotter in self._snapshotters.values():
-            await snapshotter.cleanup()
+            try:
+                await snapshotter.cleanup()
+            except TheseusError as error:  # a service that is not there: the collector tries again
+                log.warning("not cleaned up", snapshotter=snapshotter.name, reason=error.message)
 
     async def _truncate_journal(self) -> None:
         while True:

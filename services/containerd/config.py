@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from services.common import VERSION, log
 from services.common.errors import InvalidArgument
+from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ class Config:
         max_downloads: blobs that are fetched at once, in all; also those that are sent.
         unpack_workers: processes that unpack layers.
         registry_hosts: directories with a hosts.toml, or certificates, for each registry.
+        proxy_snapshotters: snapshotters that other services are.
     """
 
     root: Path
@@ -64,6 +66,7 @@ class Config:
     max_downloads: int = 6
     unpack_workers: int = 2
     registry_hosts: tuple[Path, ...] = (_REGISTRY_HOSTS,)
+    proxy_snapshotters: tuple[ProxySnapshotter, ...] = ()
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -103,6 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         max_archive_bytes=given.max_archive_bytes,
         max_downloads=given.max_downloads,
         unpack_workers=given.unpack_workers,
+        proxy_snapshotters=read_proxy_plugins(given.config) if given.config else (),
         registry_hosts=tuple(Path(part) for part in given.registry_hosts.split(":") if part),
     )
 
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shim", default="", metavar="PROGRAM", help="default: theseus-shim beside Python")
     add("--default-runtime", default="runc", metavar="NAME")
     add("--snapshotter", default="overlayfs", metavar="NAME")
+    add("--config", type=Path, metavar="FILE", help="config.toml: its [proxy_plugins] are used")
     add("--grace-time", type=float, default=10.0, metavar="S", help="for shims to register")
     add("--lock-timeout", type=float, default=30.0, metavar="S", help="for the root to be free")
     add("--drain-time", type=float, default=5.0, metavar="S", help="for calls under way at a stop")

@@ -1,7 +1,8 @@
 """The parts of containerd as its clients know them: plugins, with a type and an id.
 
-Nothing is plugged in here; the list exists so that a client finds what it looks for, such as the
-snapshotters and the platforms that they are good for. Types and ids are upstream's.
+Nothing is plugged in here but proxy snapshotters; the list exists so that a client finds what it
+looks for, such as the snapshotters and the platforms that they are good for. Types and ids are
+upstream's.
 """
 
 from __future__ import annotations
@@ -64,21 +65,35 @@ class Plugin:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """What is told of a snapshotter: ``root``, its directory, or ``address``, its socket."""
+
+    exports: Mapping[str, str]
+    capabilities: tuple[str, ...] = ()
+
+
 def list_plugins(
-    *, platform: Platform, content_root: str, snapshotters: Mapping[str, str]
+    *, platform: Platform, content_root: str, snapshotters: Mapping[str, Plugged]
 ) -> list[Plugin]:
     """All parts, those that others need first.
 
     Args:
         platform: what this machine runs.
         content_root: directory of the content store.
-        snapshotters: directory of each, by name.
+        snapshotters: where each is, and what it can do, by name.
     """
     found = [
         Plugin(CONTENT, "content", exports={"root": content_root}),
         *(
-            Plugin(SNAPSHOTTER, name, platforms=(platform,), exports={"root": root})
-            for name, root in sorted(snapshotters.items())
+            Plugin(
+                SNAPSHOTTER,
+                name,
+                platforms=(platform,),
+                exports=plugged.exports,
+                capabilities=plugged.capabilities,
+            )
+            for name, plugged in sorted(snapshotters.items())
         ),
         Plugin(METADATA, "bolt", requires=(CONTENT, SNAPSHOTTER)),
         Plugin(EVENT, "exchange"),

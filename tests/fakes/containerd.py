@@ -39,12 +39,16 @@ async def node_directory() -> AsyncIterator[Path]:
 
 
 def config(directory: Path, **changes: object) -> Config:
-    """The configuration of a containerd below ``directory``."""
+    """The configuration of a containerd below ``directory``.
+
+    Garbage is collected when a test asks for it: what it has just made and refers to next would be
+    garbage to a collection in between.
+    """
     return Config(
         root=directory / "root",
         state=directory / "s",
         address=directory / "s" / "c.sock",
-        **changes,  # type: ignore[arg-type]
+        **{"gc_delay_s": 3600.0, **changes},  # type: ignore[arg-type]
     )
 
 

@@ -81,7 +81,11 @@ def pulled(ctr, name):
     assert list((root / "snapshots" / "overlayfs").iterdir()) == []
     tasks = ctr.containerd.directory / "s" / "tasks"
     until(lambda: not [p for p in tasks.rglob("*") if p.is_file()])
-    # ctr puts containers below a cgroup named like their namespace, which OCI runtimes leave.
+    remove_cgroups()
+
+
+def remove_cgroups():
+    """ctr puts containers below a cgroup named like their namespace, which OCI runtimes leave."""
     for cgroup in Path("/sys/fs/cgroup").glob("*/default"):
         with contextlib.suppress(OSError):
             cgroup.rmdir()

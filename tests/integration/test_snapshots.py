@@ -29,9 +29,14 @@ from services.containerd.diff.media_types import OCI_GZIP, OCI_TAR
 from services.containerd.diff.pool import WorkerPool
 from services.containerd.gc.lock import GcLock
 from services.containerd.metadata.schema import MIGRATIONS
+from services.containerd.snapshots.idmap import GIDS_LABEL, UIDS_LABEL
+from services.containerd.snapshots.native import NativeSnapshotter
 from services.containerd.snapshots.overlay import OverlaySnapshotter
+from services.containerd.snapshots.recorded import SnapshotIds
+from tests.fakes.disk import small_disk
 from tests.fakes.layers import Member, folder, hardlink, layer, looks, read
 from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases
+from tests.fakes.snapshotters import opened_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -54,6 +59,8 @@ def no_mount_is_left(tmp_path: Path) -> Iterator[None]:
 @dataclass
 class Node:
     root: Path
+    db: Database
+    ids: SnapshotIds
     overlay: OverlaySnapshotter
     content: LocalContentStore
     applier: LocalApplier
@@ -82,12 +89,17 @@ class Node:
 async def node(tmp_path: Path) -> AsyncIterator[Node]:
     db = Database(tmp_path / "meta.db")
     db.open(MIGRATIONS)
-    overlay = OverlaySnapshotter(tmp_path, db, events=RecordedEvents(), leases=RecordedLeases())
+    ids = SnapshotIds()
+    overlay = OverlaySnapshotter(
+        tmp_path, db, events=RecordedEvents(), leases=RecordedLeases(), ids=ids
+    )
     await overlay.open()
     content = LocalContentStore(tmp_path, db, events=RecordedEvents(), gc_lock=GcLock())
     async with WorkerPool(1) as pool:
         yield Node(
             tmp_path,
+            db,
+            ids,
             overlay,
             content,
             LocalApplier(content, pool, tmp_path / "tmp"),
@@ -203,6 +215,107 @@ async def test_a_hard_link_to_what_the_layer_hides_is_refused(node: Node) -> Non
     await node.add("one", "", Member("file"))
     with pytest.raises(InvalidArgument, match="hard link"):
         await node.add("two", "one", Member(".wh.file"), hardlink("x", "file"))
+
+
+async def test_a_user_namespace_sees_layers_as_its_own(node: Node) -> None:
+    await node.add("one", "", Member("file", b"1"), folder("dir"))
+    await node.add("two", "one", Member("dir/other", b"2"))
+    labels = {UIDS_LABEL: "0:100000:65536", GIDS_LABEL: "0:200000:65536"}
+    root = (100000, 200000)
+    for key, parent in (("over one", "one"), ("over two", "two")):
+        mounts = await node.overlay.prepare(NS, key, parent, labels)
+        assert mounts == await node.overlay.mounts(NS, key)
+        place = node.root / "place"
+        place.mkdir(exist_ok=True)
+        mount_all(mounts, place)
+        try:
+            found = [place, *place.rglob("*")]
+            assert {(p.stat().st_uid, p.stat().st_gid) for p in found} == {root}
+            # As the namespace's root, who is nobody special on the host.
+            script = "echo more >> file && mkdir dir/made && rm -r dir/made && touch new"
+            subprocess.run(
+                f"setpriv --reuid=100000 --regid=200000 --clear-groups sh -c '{script}'",
+                shell=True,
+                cwd=place,
+                check=True,
+            )
+            assert (place / "file").read_text() == "1more\n"
+        finally:
+            unmount_all(mounts, place)
+    (look,) = await node.overlay.view(NS, "look", "one", labels)
+    assert look.type == "bind"
+    with temporary_mount([look], node.root / "tmp") as place:
+        assert ((place / "file").stat().st_uid, (place / "file").read_text()) == (100000, "1")
+        with pytest.raises(OSError, match="Read-only"):
+            (place / "new").touch()
+
+
+async def test_metacopy_and_redirects_of_the_machine_do_not_get_into_layers(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they would leave in an upper directory makes no layer by itself."""
+    parameters = node.root / "parameters"
+    parameters.mkdir()
+    for name in ("index", "metacopy", "redirect_dir"):
+        (parameters / name).write_text("Y\n")
+    monkeypatch.setattr("services.containerd.snapshots.overlay._PARAMETERS", parameters)
+    await node.overlay.open()
+    await node.add("base", "", Member("file", b"data"), folder("dir"), Member("dir/x"))
+    mounts = await node.overlay.prepare(NS, "work", "base")
+    assert {"index=off", "metacopy=off", "redirect_dir=off"} < set(mounts[0].options)
+    with temporary_mount(mounts, node.root / "tmp") as place:
+        (place / "file").chmod(0o600)
+        subprocess.run(["mv", place / "dir", place / "moved"], check=True)
+    upper = Path(overlay_option(mounts[0].options, "upperdir"))
+    assert (upper / "file").read_bytes() == b"data"
+    assert (upper / "moved/x").exists()
+    for name in ("index", "metacopy", "redirect_dir"):
+        (parameters / name).write_text("N\n")
+    await node.overlay.open()
+    assert (await node.overlay.mounts(NS, "work"))[0].options[-1] == "index=off"
+
+
+async def test_a_native_snapshot_has_what_an_overlay_shows(node: Node) -> None:
+    native = NativeSnapshotter(
+        node.root, node.db, events=RecordedEvents(), leases=RecordedLeases(), ids=node.ids
+    )
+    await native.open()
+    one = [folder("dir", mode=0o750), Member("dir/gone", b"1"), Member("kept", b"2")]
+    two = [Member("dir/.wh.gone"), hardlink("dir/hard", "kept"), Member("new", b"3")]
+    for name, parent, members in (("one", "", one), ("two", "one", two)):
+        descriptor = await node.add(name, parent, *members)
+        await node.applier.apply(
+            NS, descriptor, await native.prepare(NS, f"extract {name}", parent)
+        )
+        await native.commit(NS, name, f"extract {name}")
+    shown = node.seen(await node.overlay.view(NS, "look", "two"))
+    assert node.seen(await native.view(NS, "look", "two")) == shown
+    # A container's changes, made over the one, make the same of the other.
+    mounts = await native.prepare(NS, "work", "two")
+    with temporary_mount(mounts, node.root / "tmp") as place:
+        (place / "kept").write_text("changed")
+        (place / "new").unlink()
+    made = await node.comparer.compare(NS, await native.view(NS, "below", "two"), mounts)
+    copy = await node.overlay.prepare(NS, "copy", "two")
+    await node.applier.apply(NS, made, copy)
+    assert node.seen(copy) == node.seen(mounts)
+
+
+async def test_a_native_snapshot_takes_no_room_where_blocks_can_be_shared(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path, "mkfs.btrfs", "-q", "-M", size_bytes=64 << 20) as place:
+        async with opened_database(tmp_path / "meta.db") as db:
+            native = NativeSnapshotter(place, db, events=RecordedEvents(), leases=RecordedLeases())
+            await native.open()
+            (base,) = await native.prepare(NS, "key", "")
+            (Path(base.source) / "big").write_bytes(os.urandom(20 << 20))
+            await native.commit(NS, "base", "key")
+            for number in range(5):  # five times its size would not fit
+                (work,) = await native.prepare(NS, f"work {number}", "base")
+                assert (Path(work.source) / "big").stat().st_size == 20 << 20
+            (Path(work.source) / "big").write_bytes(b"x")
+            assert (Path(base.source) / "big").stat().st_size == 20 << 20
 
 
 async def test_layers_can_be_unpacked_before_their_parents(node: Node) -> None:

@@ -69,6 +69,8 @@ def _direct(mounts: Sequence[Mount]) -> tuple[Path | None, bool, list[Path]]:
         return None, False, []
     mount = mounts[0]
     options = parse_options(mount.options)
+    if options.ids:
+        return None, False, []
     if options.flags & linux.MS_RDONLY:
         raise FailedPrecondition("a layer cannot be unpacked into a read-only snapshot")
     if mount.type == "bind":

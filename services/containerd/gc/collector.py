@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from services.common.errors import NotFound
+from services.common.errors import NotFound, TheseusError
 from services.containerd.gc.graph import LEASES, Graph, Node
 from services.containerd.leases.lease import CONTENT, IMAGES, INGESTS, SNAPSHOTS_PREFIX
 from services.containerd.metadata import content, images, leases, references
@@ -83,6 +83,7 @@ class Collector:
         self._content = content
         self._snapshotters = snapshotters
         self._one_at_a_time = asyncio.Lock()
+        self._unclean: set[str] = set()  # snapshotters that have something to remove
 
     async def collect(self) -> Collection:
         """Remove everything that nothing refers to now; returns when its files are gone too."""
@@ -99,11 +100,13 @@ class Collector:
             for node in removed:
                 if node.type == INGESTS:
                     await self._abort(node)
-            dirty = {node.type for node in removed if node.type.startswith(SNAPSHOTS_PREFIX)}
-            for kind in sorted(dirty):
-                snapshotter = self._snapshotters.get(kind.removeprefix(SNAPSHOTS_PREFIX))
-                if snapshotter is not None:
-                    await snapshotter.cleanup()
+            self._unclean |= {
+                node.type.removeprefix(SNAPSHOTS_PREFIX)
+                for node in removed
+                if node.type.startswith(SNAPSHOTS_PREFIX)
+            }
+            for name in sorted(self._unclean):
+                await self._clean(name)
             seconds = time.perf_counter() - began
         if removed:
             log.info(
@@ -147,6 +150,16 @@ class Collector:
             "containerd.events.SnapshotRemove",
             {"key": node.id, "snapshotter": snapshotter},
         )
+
+    async def _clean(self, name: str) -> None:
+        """Have a snapshotter remove files without a row; one that fails is asked again."""
+        try:
+            if name in self._snapshotters:
+                await self._snapshotters[name].cleanup()
+        except TheseusError as error:
+            log.warning("not cleaned up", snapshotter=name, reason=error.message)
+        else:
+            self._unclean.discard(name)
 
     async def _abort(self, node: Node) -> None:
         try:

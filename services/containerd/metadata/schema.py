@@ -8,6 +8,7 @@ rule: a file exists before its row and outlives it; a file without a row is rubb
                 ├─ ingests                     (<root>/content/ingest/<id>/)
                 ├─ images                      name ─▶ target descriptor
                 ├─ snapshots ─▶ parent         (<root>/snapshots/<snapshotter>/<id>/)
+                ├─ snapshot_leftovers          of snapshots that another service keeps
                 ├─ containers
                 └─ leases ──▶ lease_resources
     journal: every event, in order            meta: epoch and the like
@@ -152,4 +153,25 @@ END;
     for table in ("content", "ingests", "images", "snapshots", "containers", "leases")
 )
 
-MIGRATIONS: tuple[str, ...] = (_V1 + _NAMESPACE_TRIGGERS,)
+# Snapshots that another service keeps. A row that goes, however it goes, leaves behind what that
+# service is still to be told; so does one that never came to be.
+_V2 = """
+-- what the service that keeps the snapshot calls it; empty: it is a directory of ours
+ALTER TABLE snapshots ADD COLUMN backend TEXT NOT NULL DEFAULT '';
+
+-- what such a service may have, and no row refers to: to be removed there, in this order
+CREATE TABLE snapshot_leftovers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    snapshotter TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    backend TEXT NOT NULL,
+    UNIQUE (snapshotter, namespace, backend)
+) STRICT;
+
+CREATE TRIGGER snapshots_leftover AFTER DELETE ON snapshots WHEN old.backend <> '' BEGIN
+    INSERT OR IGNORE INTO snapshot_leftovers (snapshotter, namespace, backend)
+    VALUES (old.snapshotter, old.namespace, old.backend);
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_V1 + _NAMESPACE_TRIGGERS, _V2)

@@ -27,7 +27,8 @@ COMMITTED = 3
 
 _SELECT = """
 SELECT s.id, s.key, s.kind, coalesce(p.key, '') AS parent, s.parent_id, s.inodes, s.size_bytes,
-       s.labels, s.created_at_ns, s.updated_at_ns
+       s.labels, s.created_at_ns, s.updated_at_ns, s.namespace, s.backend,
+       coalesce(p.backend, '') AS parent_backend
 FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent_id
 """
 
@@ -42,9 +43,13 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
-    """A row, with the parent's key beside its id; ``parent_id`` is None on nothing."""
+    """A row, with the parent's key beside its id; ``parent_id`` is None on nothing.
+
+    ``backend`` is what the snapshot is called by the service that keeps it, if one does.
+    """
 
     id: int
+    namespace: str
     key: str
     kind: int
     parent: str
@@ -54,6 +59,8 @@ class SnapshotRow:
     labels: dict[str, str]
     created_at_ns: int
     updated_at_ns: int
+    backend: str
+    parent_backend: str
 
 
 def get(tx: sqlite3.Connection, space: Space, key: str) -> SnapshotRow:
@@ -69,6 +76,11 @@ def get(tx: sqlite3.Connection, space: Space, key: str) -> SnapshotRow:
     if row is None:
         raise NotFound(f"snapshot {key!r} does not exist", resource=("snapshot", key))
     return _from_row(row)
+
+
+def get_by_id(tx: sqlite3.Connection, snapshot_id: int) -> SnapshotRow:
+    """The row of an id, which exists."""
+    return _from_row(tx.execute(_SELECT + "WHERE s.id = ?", (snapshot_id,)).fetchone())
 
 
 def list_all(tx: sqlite3.Connection, space: Space) -> list[SnapshotRow]:
@@ -121,9 +133,10 @@ def insert(
     kind: int,
     parent: str,
     labels: Mapping[str, str],
+    backend: str = "",
     now_ns: int,
 ) -> None:
-    """Record a new snapshot that is active or a view.
+    """Record a new snapshot, of any kind.
 
     Raises:
         AlreadyExists: the key is taken.
@@ -137,7 +150,7 @@ def insert(
         parent_id = row.id
     tx.execute(
         "INSERT INTO snapshots (id, snapshotter, namespace, key, parent_id, kind, labels,"
-        " created_at_ns, updated_at_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " backend, created_at_ns, updated_at_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             snapshot_id,
             space.snapshotter,
@@ -146,6 +159,7 @@ def insert(
             parent_id,
             kind,
             json.dumps(dict(labels)),
+            backend,
             now_ns,
             now_ns,
         ),
@@ -223,13 +237,14 @@ def commit(
     labels: Mapping[str, str],
     inodes: int,
     size_bytes: int,
+    backend: str = "",
     now_ns: int,
 ) -> None:
     """Turn an active snapshot into a committed one; raises as ``require_committable``."""
     row, parent_id = require_committable(tx, space, key, name=name, parent=parent)
     tx.execute(
         "UPDATE snapshots SET key = ?, kind = ?, parent_id = ?, labels = ?, inodes = ?,"
-        " size_bytes = ?, created_at_ns = ?, updated_at_ns = ? WHERE id = ?",
+        " size_bytes = ?, backend = ?, created_at_ns = ?, updated_at_ns = ? WHERE id = ?",
         (
             name,
             COMMITTED,
@@ -237,10 +252,19 @@ def commit(
             json.dumps(dict(labels)),
             inodes,
             size_bytes,
+            backend,
             now_ns,
             now_ns,
             row.id,
         ),
+    )
+
+
+def set_usage(tx: sqlite3.Connection, snapshot_id: int, *, inodes: int, size_bytes: int) -> None:
+    """Record what a committed snapshot takes."""
+    tx.execute(
+        "UPDATE snapshots SET inodes = ?, size_bytes = ? WHERE id = ?",
+        (inodes, size_bytes, snapshot_id),
     )
 
 
@@ -254,8 +278,8 @@ def set_labels(
     )
 
 
-def delete(tx: sqlite3.Connection, space: Space, key: str) -> int:
-    """Forget a snapshot; returns its id, whose directory is rubbish from the commit on.
+def delete(tx: sqlite3.Connection, space: Space, key: str) -> SnapshotRow:
+    """Forget a snapshot; returns its row, whose files are rubbish from the commit on.
 
     Raises:
         NotFound: there is none.
@@ -270,12 +294,13 @@ def delete(tx: sqlite3.Connection, space: Space, key: str) -> int:
             f"snapshot {key!r} cannot be removed: snapshot {child['key']!r} stands on it"
         )
     tx.execute("DELETE FROM snapshots WHERE id = ?", (row.id,))
-    return row.id
+    return row
 
 
 def _from_row(row: sqlite3.Row) -> SnapshotRow:
     return SnapshotRow(
         id=row["id"],
+        namespace=row["namespace"],
         key=row["key"],
         kind=row["kind"],
         parent=row["parent"],
@@ -285,4 +310,6 @@ def _from_row(row: sqlite3.Row) -> SnapshotRow:
         labels=json.loads(row["labels"]),
         created_at_ns=row["created_at_ns"],
         updated_at_ns=row["updated_at_ns"],
+        backend=row["backend"],
+        parent_backend=row["parent_backend"],
     )

@@ -1,10 +1,10 @@
-"""Who owns the root of a snapshot that a user namespace will use: a pair of labels says it."""
+"""Who owns a snapshot that a user namespace will use: a pair of labels says it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import InvalidArgument
+from services.common.idmap import IdMap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,20 +13,14 @@ UIDS_LABEL = "containerd.io/snapshot/uidmapping"
 GIDS_LABEL = "containerd.io/snapshot/gidmapping"
 
 
-def mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:
-    """The host's ids of a user namespace's root, if the labels describe one."""
+def id_map(labels: Mapping[str, str]) -> IdMap:
+    """How a snapshot's labels map ids; it is false if they do not."""
     if UIDS_LABEL not in labels or GIDS_LABEL not in labels:
-        return None
-    return _host_id_of_root(labels[UIDS_LABEL]), _host_id_of_root(labels[GIDS_LABEL])
+        return IdMap()
+    return IdMap(labels[UIDS_LABEL], labels[GIDS_LABEL])
 
 
-def _host_id_of_root(mapping: str) -> int:
-    """From ``<in the namespace>:<on the host>:<count>``, separated by commas."""
-    try:
-        for line in mapping.split(","):
-            inside, host, count = (int(number) for number in line.split(":"))
-            if inside == 0 and count > 0:
-                return host
-    except ValueError:
-        pass
-    raise InvalidArgument(f"{mapping!r} maps no root of a user namespace", field="labels")
+def mount_options(labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of a mount that shows layers to whom the labels name: theirs have other owners."""
+    ids = id_map(labels)
+    return (f"uidmap={ids.uids}", f"gidmap={ids.gids}") if ids else ()

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 INHERITED_LABEL_PREFIX = "containerd.io/snapshot/"
 
+REBASE = "rebase"
+"""Capability: ``commit`` can put a snapshot on a parent that it was not prepared on."""
+
+REMAP_IDS = "remap-ids"
+"""Capability: mounts show the files to the user namespace that labels describe as its own."""
+
 
 class Kind(IntEnum):
     """What a snapshot is now. The numbers are those of the wire and of the database."""
@@ -62,7 +68,10 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a snapshot takes on the disk, its parents left out; a file with many links once."""
+    """What a snapshot takes on the disk; a file with many links once.
+
+    Its parents are left out, where the snapshot does not hold copies of their files.
+    """
 
     inodes: int = 0
     size_bytes: int = 0
@@ -74,6 +83,10 @@ class Snapshotter(Protocol):
     @property
     def name(self) -> str:
         """What clients call it, for example ``overlayfs``."""
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What it can do that not every one can: ``rebase``, ``remap-ids``."""
 
     async def stat(self, namespace: str, key: str) -> SnapshotInfo:
         """What is recorded of a snapshot of any kind.
@@ -160,13 +173,15 @@ class Snapshotter(Protocol):
             labels: of the committed snapshot.
             parent: puts a snapshot that was prepared on nothing on this one, so that the layers of
                 an image can be unpacked in parallel (and each applied through an ``overlay``
-                mount that has only an upper directory). Empty: the parent stays.
+                mount that has only an upper directory). Empty: the parent stays. That is for
+                snapshotters with the capability ``rebase``.
 
         Raises:
             NotFound: there is no such key, or no such parent.
             AlreadyExists: the name is taken.
             FailedPrecondition: the snapshot is not active, or the new parent is not committed.
             InvalidArgument: the name is empty, or the snapshot has another parent.
+            Unimplemented: it was to be put on a parent, and the snapshotter cannot do that.
         """
 
     async def remove(self, namespace: str, key: str) -> None:

@@ -126,7 +126,10 @@ class LayerUnpacker:
             if name.startswith(INHERITED_LABEL_PREFIX)
         }
         labels[SNAPSHOT_REF] = chain_id
-        mounts = await target.prepare(namespace, key, parent, labels)
+        try:
+            mounts = await target.prepare(namespace, key, parent, labels)
+        except AlreadyExists:  # by a client, or by a snapshotter that knows layers by itself
+            return
         try:
             result = await self._applier.apply(namespace, layer.descriptor, mounts)
             if result.digest != layer.diff_id:

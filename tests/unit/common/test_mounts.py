@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +18,6 @@ from services.common.mounts import (
     parse_options,
     unmount,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ def test_the_last_propagation_wins(options: list[str], propagation: int) -> None
     assert parse_options(options).propagation == propagation
 
 
-@pytest.mark.parametrize("option", ["loop", "uidmap=0:1:2", "gidmap=0:1:2", "X-containerd.mkdir"])
+@pytest.mark.parametrize("option", ["loop", "X-containerd.mkdir"])
 def test_options_that_somebody_else_has_to_see_to_are_refused(option: str) -> None:
     with pytest.raises(Unimplemented, match=option.partition("=")[0]):
         parse_options([option])
@@ -148,6 +145,86 @@ def test_a_bind_mount_takes_its_flags(tmp_path: Path) -> None:
             (tmp_path / "file").write_text("x")
     finally:
         unmount(tmp_path)
+
+
+MAPPED = ("uidmap=0:100000:65536", "gidmap=0:200000:65536")
+
+
+@pytest.mark.root
+def test_a_bind_mount_shows_mapped_owners(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    for directory in (source, root):
+        directory.mkdir()
+    (source / "file").touch()
+    os.chown(source / "file", 3, 4)
+    mount_all([Mount("bind", str(source), options=(*MAPPED, "ro", "rbind"))], root)
+    try:
+        found = (root / "file").stat()
+        assert (found.st_uid, found.st_gid) == (100003, 200004)
+        with pytest.raises(OSError, match="Read-only"):
+            (root / "other").touch()
+    finally:
+        unmount(root)
+    assert (source / "file").stat().st_uid == 3
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_an_overlay_shows_its_lower_directories_with_mapped_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool
+) -> None:
+    monkeypatch.setattr(mounts, "_layers_one_by_one", lambda: one_by_one)
+    directories = {name: tmp_path / "layers" / name for name in ("1", "2", "upper", "work")}
+    for directory in directories.values():
+        directory.mkdir(parents=True)
+        (directory / f"of {directory.name}").touch()
+    os.chown(directories["upper"] / "of upper", 100000, 200000)
+    (tmp_path / "root").mkdir()
+    lower = f"lowerdir={directories['2']}:{directories['1']}"
+    upper = (f"upperdir={directories['upper']}", f"workdir={directories['work']}")
+    mount = Mount("overlay", "overlay", options=(*MAPPED, *upper, lower, "index=off"))
+    before = Path("/proc/self/mountinfo").read_text()
+    mount_all([mount], tmp_path / "root")
+    try:
+        owners = {
+            path.name: (path.stat().st_uid, path.stat().st_gid)
+            for path in (tmp_path / "root").iterdir()
+        }
+        assert owners == dict.fromkeys(["of 1", "of 2", "of upper"], (100000, 200000))
+        (tmp_path / "root/of 1").write_text("copied up")  # by the host's root, as its own
+        found = (directories["upper"] / "of 1").stat()
+        assert (found.st_uid, found.st_gid) == (100000, 200000)
+    finally:
+        unmount(tmp_path / "root")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    assert (directories["1"] / "of 1").read_text() == ""
+
+
+@pytest.mark.root
+def test_an_overlay_that_fails_leaves_no_mapped_mount(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "a").mkdir()
+    lower = f"lowerdir={tmp_path}/a:{tmp_path}/missing"
+    before = Path("/proc/self/mountinfo").read_text()
+    with pytest.raises(MountFailed):
+        mount_all([Mount("overlay", "overlay", options=(*MAPPED, lower))], tmp_path / "root")
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mount", "error", "words"),
+    [
+        (Mount("tmpfs", "tmpfs", options=MAPPED), Unimplemented, "tmpfs"),
+        (Mount("bind", "/", options=("bind", "uidmap=0:1:1")), InvalidArgument, "maps no ids"),
+        (Mount("bind", "/", options=("bind", "uidmap=0:1:0", MAPPED[1])), InvalidArgument, "exist"),
+    ],
+)
+def test_mappings_that_cannot_be_are_refused(
+    tmp_path: Path, mount: Mount, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        mount_all([mount], tmp_path)
 
 
 @pytest.mark.root

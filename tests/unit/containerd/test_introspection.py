@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 ALL = plugins.list_plugins(
     platform=Platform("linux", "amd64"),
     content_root="/r/content",
-    snapshotters={"overlayfs": "/r/snapshots/overlayfs"},
+    snapshotters={
+        "overlayfs": plugins.Plugged({"root": "/r/snapshots/overlayfs"}, ("rebase", "remap-ids"))
+    },
 )
 
 
@@ -32,6 +34,7 @@ def test_a_client_finds_the_snapshotter_with_its_platform() -> None:
     [found] = plugins.find(ALL, [f"type=={plugins.SNAPSHOTTER},id==overlayfs"])
     assert found.platforms == (Platform("linux", "amd64"),)
     assert found.exports == {"root": "/r/snapshots/overlayfs"}
+    assert found.capabilities == ("rebase", "remap-ids")
 
 
 def test_filters_on_plugins() -> None:

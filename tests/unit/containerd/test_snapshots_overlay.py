@@ -10,7 +10,8 @@ from services.common.database import Database
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from services.common.mounts import overlay_option
 from services.containerd.metadata.schema import MIGRATIONS
-from services.containerd.snapshots.overlay import TARGET_LABEL, OverlaySnapshotter
+from services.containerd.snapshots.overlay import OverlaySnapshotter
+from services.containerd.snapshots.recorded import TARGET_LABEL
 from services.containerd.snapshots.snapshotter import Kind
 from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases
 
@@ -101,7 +102,7 @@ async def test_a_crash_after_the_directory_leaves_rubbish_that_cleanup_takes(
     node: Node, overlay: OverlaySnapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        overlay, "_discard", lambda directory: None
+        overlay, "_throw_away", lambda directory: None
     )  # a dead process undoes nothing
     node.stop_at = "directory made"
     with pytest.raises(Crash):
@@ -272,6 +273,6 @@ async def test_labels_give_the_root_of_a_user_namespace_its_files(
     status = (node.root / mount.source).stat()
     assert (status.st_uid, status.st_gid) == (1000, 2000)
     for bad in ("1:1000:65536", "nonsense", "0:1:0"):
-        with pytest.raises(InvalidArgument, match="maps no root"):
+        with pytest.raises(InvalidArgument, match="maps"):
             await overlay.prepare(NS, bad, "", labels(bad))
     assert node.directories() == ["1"]
