@@ -275,6 +275,7 @@ class App:
                 identity=Identity(uuid.uuid4().hex, epoch),
                 grace_s=config.shim_grace_s,
                 launcher=factory,
+                containers_per_shim=config.containers_per_shim,
             )
         )
         tasks = TaskManager(

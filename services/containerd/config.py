@@ -34,6 +34,8 @@ class Config:
         default_runtime: the OCI runtime of containers that name none.
         snapshotter: the snapshotter of requests that name none.
         shim_grace_s: how long a shim may take to register after a start of containerd.
+        containers_per_shim: how many containers of a namespace one shim serves; those of a pod
+            share one in any case.
         lock_timeout_s: how long to wait for another containerd to leave the root.
         drain_s: how long calls under way may take once a stop was asked for.
         gc_delay_s: time between a deletion and the collection of what it left.
@@ -56,6 +58,7 @@ class Config:
     default_runtime: str = "runc"
     snapshotter: str = "overlayfs"
     shim_grace_s: float = 10.0
+    containers_per_shim: int = 1
     lock_timeout_s: float = 30.0
     drain_s: float = 5.0
     gc_delay_s: float = 0.1
@@ -84,7 +87,13 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--{name.replace('_', '-')} is a number of seconds and cannot be negative",
                 field=name,
             )
-    for name in ("journal_events", "max_archive_bytes", "max_downloads", "unpack_workers"):
+    for name in (
+        "containers_per_shim",
+        "journal_events",
+        "max_archive_bytes",
+        "max_downloads",
+        "unpack_workers",
+    ):
         if getattr(given, name) < 1:
             raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", field=name)
     return Config(
@@ -97,6 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         default_runtime=given.default_runtime,
         snapshotter=given.snapshotter,
         shim_grace_s=given.grace_time,
+        containers_per_shim=given.containers_per_shim,
         lock_timeout_s=given.lock_timeout,
         drain_s=given.drain_time,
         gc_delay_s=given.gc_delay,
@@ -137,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--snapshotter", default="overlayfs", metavar="NAME")
     add("--config", type=Path, metavar="FILE", help="config.toml: its [proxy_plugins] are used")
     add("--grace-time", type=float, default=10.0, metavar="S", help="for shims to register")
+    add("--containers-per-shim", type=int, default=1, metavar="N", help="pods share one anyway")
     add("--lock-timeout", type=float, default=30.0, metavar="S", help="for the root to be free")
     add("--drain-time", type=float, default=5.0, metavar="S", help="for calls under way at a stop")
     add("--gc-delay", type=float, default=0.1, metavar="S", help="from deletion to collection")

@@ -30,26 +30,24 @@ from services.common import VERSION, linux
 from services.common.background import Background
 from services.common.client import connect
 from services.common.server import RpcServer, Service
-from services.shim.bundle import Bundle
+from services.shim import handover
 from services.shim.clients.events import timestamp
-from services.shim.clients.registry import PROTOCOL, RegistryClient
-from services.shim.container import Surroundings
-from services.shim.keeping import Keeping
-from services.shim.legacy import read_legacy
+from services.shim.clients.registry import PROTOCOL
+from services.shim.config import ShimConfig
+from services.shim.member import Member
+from services.shim.members import Hosting, Members
 from services.shim.reaper import Reaper
 from services.shim.reexec import Attempt, Reexecution, find_listener
 from services.shim.rpc.control import ControlService
 from services.shim.rpc.gate import Gate
 from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
-from services.shim.spool import Spool
 from services.shim.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from services.shim.config import ShimConfig
     from services.shim.handover import Outgoing
     from services.shim.metrics import ShimMetrics
     from services.shim.process import Process, Status
@@ -87,35 +85,18 @@ class Shim:
         self._transport = transport
         self._config = config
         self._metrics = metrics
-        self._bundle = Bundle(config.bundle)
         self._reaper = Reaper()
         self._background = Background()
-        self._keeping = Keeping(config.keeper, config.instance_id)
-        self._spool = Spool(self._bundle.spool, write_failed=metrics.spool_failures.inc)
+        self._members = Members(config, self._make_member)
         self._tasks = Tasks(
-            Surroundings(
-                namespace=config.namespace,
-                reaper=self._reaper,
-                events=self._spool,
-                metrics=metrics,
-                background=self._background,
-                keeping=self._keeping,
-            ),
-            home=self._bundle,
+            reaper=self._reaper,
+            namespace=config.namespace,
+            find_home=self._members.home_of,
             default_runtime=config.default_runtime,
             runtime_state=config.registry.parent / "runtime",
             runtime_timeout_s=config.runtime_timeout_s,
         )
-        self._tasks.epoch = int(self._bundle.read("state.json").get("epoch", 0))
-        self._registry = RegistryClient(
-            config.registry,
-            hello=self._hello,
-            spool=self._spool,
-            metrics=metrics,
-            epoch=self._tasks.epoch,
-            epoch_seen=self._keep_epoch,
-            make_channel=transport.make_channel,
-        )
+        self._hosting = Hosting(self._members, self._tasks, self._identity)
         self._gate = Gate()
         self._reexecution = Reexecution(
             gate=self._gate,
@@ -123,6 +104,7 @@ class Shim:
             reaper=self._reaper,
             attempt=successor.attempt if successor is not None else Attempt(),
             pack=self._pack,
+            needs=lambda: handover.format_of(self._members.pack()),
         )
         self._server = self._build_server()
         self._boot_id = linux.boot_id()
@@ -140,31 +122,32 @@ class Shim:
                 await self._adopt()
             else:
                 self._reaper.start()
-                self._keeping.open()
+                self._members.first.keeping.open()
                 await self._server.start()
-            self._write_identity()
+            for member in self._members:
+                member.write_identity(self._identity())
             serving(self._identity())
             log.info("shim serves", socket=str(self._config.socket), version=VERSION)
-            self._background.start(self._registry.run(), name="registry")
+            for member in self._members:
+                member.register()
             await self._end()
             await self._tasks.finish()
             await self._server.stop(_STOP_GRACE_S)
         self._reaper.stop()
-        self._keeping.forget_all()
-        self._keeping.close()
+        for member in self._members:
+            await member.leave()
         log.info("shim ends")
 
     async def _take_over(self, successor: Successor) -> None:
         """Go on where an earlier image of this process was."""
         document = successor.document
         self._gate.shut()
-        self._spool.unpack(document["spool"])
-        self._keeping.unpack(document["keeping"])
+        self._members.unpack(document, ShimConfig.from_request)
         self._tasks.unpack(document["tasks"])
         self._reaper.zombies_reaped = document["zombies_reaped"]
         self._metrics.generation.set(successor.attempt.generation)
         await self._server.start()
-        self._tasks.save()
+        self._save()
         successor.commit()
         self._go_on()
         self._reexecution.attempt = successor.attempt
@@ -179,33 +162,31 @@ class Shim:
     async def _adopt(self) -> None:
         """Take over the containers of a shim that died."""
         self._gate.shut()
-        legacy = await read_legacy(self._bundle, self._keeping, self._metrics.dropped)
-        self._tasks.unpack(legacy)
+        self._tasks.unpack(await self._members.first.read_legacy())
         await self._server.start()
-        self._tasks.save()
+        self._save()
         self._go_on()
         log.warning("containers of a dead shim adopted", containers=len(self._tasks))
 
     def _go_on(self) -> None:
-        self._keeping.open()
+        for member in self._members:
+            member.keeping.open()
         self._reaper.start()
         self._tasks.go_on()
         self._gate.open()
 
     def _pack(self, out: Outgoing) -> dict[str, Any]:
         return {
-            "config": self._config.to_request(),
+            **self._members.pack(),
             "listener": out.fd(find_listener(self._config.socket)),
             "tasks": self._tasks.pack(out),
-            "spool": self._spool.pack(),
-            "keeping": self._keeping.pack(),
             "zombies_reaped": self._reaper.zombies_reaped,
         }
 
     def _build_server(self) -> RpcServer:
         task = TaskService(self._tasks)
         control = ControlService(
-            self._config, self._tasks, self._registry, self._page, self._reexecution
+            self._members, self._tasks, self._hosting, self._page, self._reexecution
         )
         return RpcServer(
             tier="shim",
@@ -243,6 +224,7 @@ class Shim:
             asyncio.create_task(self._tasks.shutdown_now.wait()),
             asyncio.create_task(self._shutdown_and_delivered()),
             asyncio.create_task(self._empty_for_long()),
+            asyncio.create_task(self._hosting.deserted.wait()),
         ]
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         for reason in reasons:
@@ -250,15 +232,16 @@ class Shim:
 
     async def _shutdown_and_delivered(self) -> None:
         await self._tasks.shutdown.wait()
-        await self._spool.emptied()
+        await self._members.delivered()
 
     async def _empty_for_long(self) -> None:
         while True:
             await self._tasks.emptied.wait()
             self._tasks.emptied.clear()
-            await self._spool.emptied()
+            await self._members.delivered()
             await asyncio.sleep(self._config.linger_s)
-            if not len(self._tasks) and not len(self._spool):
+            wanted = any(len(member.spool) or member.fresh for member in self._members)
+            if not len(self._tasks) and not wanted:
                 return
 
     def _signalled(self, signum: int) -> None:
@@ -268,14 +251,29 @@ class Shim:
         log.info("ending on a signal", signal=signum)
         self._tasks.request_shutdown(now=True)
 
-    def _keep_epoch(self, epoch: int) -> None:
-        self._tasks.epoch = epoch
-        self._tasks.save()
+    def _make_member(self, config: ShimConfig) -> Member:
+        return Member(
+            config,
+            metrics=self._metrics,
+            reaper=self._reaper,
+            background=self._background,
+            hello=self._hello,
+            epoch_seen=lambda member: self._tasks.save(member.home),
+            make_channel=self._transport.make_channel,
+        )
+
+    def _save(self) -> None:
+        for member in self._members:
+            self._tasks.save(member.home)
 
     def _page(self) -> bytes:
-        self._metrics.zombies_reaped.set(self._reaper.zombies_reaped)
-        self._metrics.spool_length.set(len(self._spool))
-        return self._metrics.page()
+        members = list(self._members)
+        metrics = self._metrics
+        metrics.zombies_reaped.set(self._reaper.zombies_reaped)
+        metrics.spool_length.set(sum(len(member.spool) for member in members))
+        metrics.registered.set(all(member.registry.registered for member in members))
+        metrics.containers.set(len(self._tasks))
+        return metrics.page()
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -283,26 +281,11 @@ class Shim:
             "start_time": self._start_time,
             "address": f"unix://{self._config.socket}",
             "version": VERSION,
+            "boot_id": self._boot_id,
         }
 
-    def _write_identity(self) -> None:
-        config = self._config
-        known = self._bundle.read("shim.json")
-        self._bundle.write(
-            "shim.json",
-            {
-                **known,
-                "instance_id": config.instance_id,
-                "namespace": config.namespace,
-                "id": config.id,
-                "socket": str(config.socket),
-                "boot_id": self._boot_id,
-                **self._identity(),
-            },
-        )
-
-    def _hello(self) -> registry_pb2.Hello:
-        config = self._config
+    def _hello(self, member: Member) -> registry_pb2.Hello:
+        config = member.config
         return registry_pb2.Hello(
             namespace=config.namespace,
             id=config.id,
@@ -316,11 +299,11 @@ class Shim:
             protocol_max=PROTOCOL,
             processes=[
                 _process_state(process, container.status(process))
-                for container in self._tasks.all()
+                for container in self._tasks.at(member.home)
                 for process in (container.init, *container.execs.values())
             ],
-            first_seq=self._spool.first_seq,
-            last_seq=self._spool.last_seq,
+            first_seq=member.spool.first_seq,
+            last_seq=member.spool.last_seq,
             bundle=str(config.bundle),
         )
 

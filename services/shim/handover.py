@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 FORMAT = 1
-"""Version of the document; a shim takes over from one of the same format only."""
+"""Version of the document of a shim with one member; one with more has the next."""
+FORMATS = (FORMAT, FORMAT + 1)
+"""Versions that this program understands."""
 
 _FD_KEYS = frozenset({"fd", "writer_fd", "master", "meter", "pidfd"})
 _PIECE_BYTES = 1 << 20
@@ -90,11 +92,16 @@ def data_of(text: str) -> bytes:
     return base64.b64decode(text)
 
 
+def format_of(document: Mapping[str, Any]) -> int:
+    """The lowest format that a document can be written in."""
+    return FORMAT + 1 if document.get("further") else FORMAT
+
+
 def write(document: Mapping[str, Any]) -> int:
     """Put a document into a memfd; the caller closes it. It is inherited by an executed program."""
     fd = os.memfd_create("theseus-shim-handover", 0)
     try:
-        view = memoryview(json.dumps({**document, "format": FORMAT}).encode())
+        view = memoryview(json.dumps({**document, "format": format_of(document)}).encode())
         while view:
             view = view[os.write(fd, view[:_PIECE_BYTES]) :]
     except BaseException:
@@ -119,9 +126,9 @@ def read(fd: int) -> dict[str, Any]:
         found = document["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise FailedPrecondition("what the shim was handed over is no document") from error
-    if found != FORMAT:
+    if found not in FORMATS:
         raise FailedPrecondition(
-            f"what the shim was handed over has format {found}, this version understands {FORMAT}"
+            f"what the shim was handed over has format {found}, this version understands {FORMATS}"
         )
     return dict(document)
 

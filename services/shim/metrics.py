@@ -69,6 +69,7 @@ class ShimMetrics:
         self.generation = Counter()
         self.registrations = Counter()
         self.registered = Counter()
+        self.containers = Counter()
         self.refused_epochs = Counter()
         self._bytes = {stream: Counter() for stream in _STREAMS}
         self._lines = {stream: Counter() for stream in _STREAMS}
@@ -135,7 +136,8 @@ class ShimMetrics:
                 "counter",
                 "Registrations with containerd.",
             ),
-            ("registered", self.registered, "gauge", "1 while the registration stands."),
+            ("registered", self.registered, "gauge", "1 while every registration stands."),
+            ("containers", self.containers, "gauge", "Containers of this shim."),
             (
                 "refused_epochs_total",
                 self.refused_epochs,

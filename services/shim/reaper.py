@@ -106,7 +106,7 @@ class Reaper:
         self._watches: dict[int, Callable[[Exit], None]] = {}
         self._windows: list[Window] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._orphans: dict[int, tuple[int, Callable[[Exit], None]]] = {}
+        self._orphans: list[tuple[int, int, Callable[[Exit], None]]] = []
         self._orphan_ends: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -116,12 +116,9 @@ class Reaper:
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
         # Children of an earlier image may have ended while nobody listened.
         self._loop.call_soon(self._reap)
-        for pid, (pidfd, ended) in self._orphans.items():
-            if pidfd >= 0:
-                self._loop.add_reader(pidfd, self._orphan_ended, pid, pidfd, ended)
-            else:
-                lost = "it ended while it had no shim, and no descriptor of it was kept"
-                self._loop.call_soon(ended, _unseen(pid, lost=lost))
+        for orphan in self._orphans:
+            self._follow(*orphan)
+        self._orphans.clear()
 
     def stop(self) -> None:
         """Listen no more."""
@@ -181,14 +178,25 @@ class Reaper:
         self._watches[pid] = ended
 
     def adopt_orphan(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
-        """Call ``ended`` at the end of a process that an earlier shim left; before ``start``.
+        """Call ``ended`` at the end of a process that an earlier shim left, not before ``start``.
 
         Args:
             pid: its process id.
             pidfd: opened while it lived, and open until it has ended; -1: it has ended already.
             ended: to call.
         """
-        self._orphans[pid] = (pidfd, ended)
+        if self._loop is None:
+            self._orphans.append((pid, pidfd, ended))
+        else:
+            self._follow(pid, pidfd, ended)
+
+    def _follow(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
+        assert self._loop is not None
+        if pidfd >= 0:
+            self._loop.add_reader(pidfd, self._orphan_ended, pid, pidfd, ended)
+        else:
+            lost = "it ended while it had no shim, and no descriptor of it was kept"
+            self._loop.call_soon(ended, _unseen(pid, lost=lost))
 
     def _orphan_ended(self, pid: int, pidfd: int, ended: Callable[[Exit], None]) -> None:
         assert self._loop is not None

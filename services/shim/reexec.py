@@ -83,6 +83,7 @@ class Reexecution:
         reaper: runs the self-check.
         attempt: the one that made this image.
         pack: makes the document, with the given basis, once all is quiet.
+        needs: the format that this would have now.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class Reexecution:
         reaper: Reaper,
         attempt: Attempt,
         pack: Callable[[handover.Outgoing], dict[str, Any]],
+        needs: Callable[[], int],
     ) -> None:
         self.attempt = attempt
         self._gate = gate
         self._tasks = tasks
         self._reaper = reaper
         self._pack = pack
+        self._format = needs
         self._lock = asyncio.Lock()
 
     async def request(self, program: Sequence[str], generation: int) -> Attempt:
@@ -142,10 +145,11 @@ class Reexecution:
             if not outcome.succeeded:
                 raise ValueError(outcome.in_words())
             said = json.loads(outcome.output)
-            if said["format"] != handover.FORMAT:
+            understood = said.get("formats") or [said["format"]]
+            if (needed := self._format()) not in understood:
                 raise ValueError(
-                    f"version {said['version']} understands handovers of format "
-                    f"{said['format']}, this is {handover.FORMAT}"
+                    f"version {said['version']} understands handovers of format {understood}, "
+                    f"this shim's is {needed}"
                 )
         except (ValueError, KeyError, TypeError) as error:
             tail = " ".join(outcome.output.split())[-_WORDS_MAX:]
@@ -232,7 +236,7 @@ def check() -> str:
     """What ``reexec --check`` prints, once all that a shim needs can be imported."""
     import services.shim.factory  # noqa: F401 - the import is the check
 
-    return json.dumps({"version": VERSION, "format": handover.FORMAT})
+    return json.dumps({"version": VERSION, "format": handover.FORMAT, "formats": handover.FORMATS})
 
 
 class Successor:

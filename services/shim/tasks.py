@@ -7,7 +7,10 @@ container would be nobody's. The caller, or its successor, asks for the state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,18 +19,23 @@ import structlog
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from services.common.mounts import Mount
 from services.shim.bundle import Bundle
-from services.shim.container import Container, Surroundings
+from services.shim.container import Container
+from services.shim.process import Status
 from services.shim.runtimes.catalogue import make_runtime
 from services.shim.runtimes.runtime import RuntimeOptions
 from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from services.shim.handover import Outgoing
+    from services.shim.home import Home
     from services.shim.process import Process
+    from services.shim.reaper import Reaper
 
 log = structlog.get_logger(__name__)
+
+_DEATH_LIMIT_S = 10.0
 
 T = TypeVar("T")
 
@@ -57,8 +65,9 @@ class Tasks:
     """All containers of a shim.
 
     Args:
-        surroundings: what they share.
-        home: the shim's own bundle, for its state file.
+        reaper: of this process.
+        namespace: containerd's.
+        find_home: where a container of some id is, or would be, at home.
         default_runtime: for options that name none.
         runtime_state: directory below which runtimes keep their state, by binary and namespace.
         runtime_timeout_s: limit of one runtime call.
@@ -66,22 +75,24 @@ class Tasks:
 
     def __init__(
         self,
-        surroundings: Surroundings,
         *,
-        home: Bundle,
+        reaper: Reaper,
+        namespace: str,
+        find_home: Callable[[str], Home],
         default_runtime: str,
         runtime_state: Path,
         runtime_timeout_s: float,
     ) -> None:
-        self._around = surroundings
-        self._home = home
+        self._reaper = reaper
+        self._namespace = namespace
+        self._find_home = find_home
         self._default_runtime = default_runtime
         self._runtime_state = runtime_state
         self._runtime_timeout_s = runtime_timeout_s
         self._containers: dict[str, Container] = {}
-        self._creating: set[str] = set()
+        self._homes: dict[str, Home] = {}
+        self._creating: dict[str, asyncio.Event] = {}
         self._running: set[asyncio.Task[Any]] = set()
-        self.epoch = 0
         self.emptied = asyncio.Event()
         self._was_emptied = False
         self.shutdown = asyncio.Event()
@@ -107,6 +118,10 @@ class Tasks:
         """Every container that exists."""
         return list(self._containers.values())
 
+    def at(self, home: Home) -> list[Container]:
+        """Every container that exists and has this home."""
+        return [c for c in self._containers.values() if self._homes[c.id] is home]
+
     async def create(self, request: CreateRequest) -> Container:
         """Create a container.
 
@@ -124,23 +139,23 @@ class Tasks:
             raise AlreadyExists(
                 f"container '{request.id}' is created already", resource=("task", request.id)
             )
-        return await self._to_the_end(self._create(request))
+        return await self.to_the_end(self._create(request))
 
     async def start(self, container: Container, process: Process) -> None:
         """See :meth:`Container.start`."""
-        await self._to_the_end(container.start(process))
+        await self.to_the_end(container.start(process))
 
     async def pause(self, container: Container) -> None:
         """See :meth:`Container.pause`."""
-        await self._to_the_end(container.pause())
+        await self.to_the_end(container.pause())
 
     async def resume(self, container: Container) -> None:
         """See :meth:`Container.resume`."""
-        await self._to_the_end(container.resume())
+        await self.to_the_end(container.resume())
 
     async def delete(self, container: Container, process: Process) -> None:
         """Delete a process; with init goes the container."""
-        await self._to_the_end(self._delete(container, process))
+        await self.to_the_end(self._delete(container, process))
 
     def complete(self, options: RuntimeOptions) -> RuntimeOptions:
         """Options with the shim's defaults for what they leave open."""
@@ -148,7 +163,7 @@ class Tasks:
         root = options.root
         if root == Path():
             root = self._runtime_state / Path(binary).name
-        return replace(options, binary=binary, root=root / self._around.namespace)
+        return replace(options, binary=binary, root=root / self._namespace)
 
     def request_shutdown(self, *, now: bool) -> None:
         """End the shim once it is empty; does nothing while there are containers, as upstream."""
@@ -158,29 +173,25 @@ class Tasks:
         if now:
             self.shutdown_now.set()
 
-    def save(self) -> None:
-        """Write the state file."""
-        state = {
-            "epoch": self.epoch,
-            "containers": [container.state() for container in self._containers.values()],
-        }
-        try:
-            self._home.write("state.json", state)
-        except OSError as error:
-            log.warning("state file cannot be written", error=error.strerror)
+    def save(self, home: Home) -> None:
+        """Write a home's state file."""
+        home.save(self.at(home))
 
     def pack(self, out: Outgoing) -> dict[str, Any]:
         """What the next image of the shim goes on with; while quiet and paused."""
         return {
             "containers": [container.pack(out) for container in self._containers.values()],
-            "epoch": self.epoch,
             "shutdown": self.shutdown.is_set(),
             "emptied": self._was_emptied,
         }
 
-    def unpack(self, saved: Mapping[str, Any]) -> None:
-        """Take over from an earlier image; ``go_on`` begins to copy output."""
-        self.epoch = max(self.epoch, saved["epoch"])
+    def unpack(self, saved: Mapping[str, Any]) -> list[Container]:
+        """Take over from an earlier image, or a shim that died; all output is paused.
+
+        Returns:
+            The containers that came; ``resume_io`` of each begins to copy output.
+        """
+        taken = []
         for entry in saved["containers"]:
             options = entry["options"] | {"root": Path(entry["options"]["root"])}
             container = self._make(
@@ -195,10 +206,31 @@ class Tasks:
             )
             container.unpack(entry)
             self._containers[container.id] = container
+            taken.append(container)
         if saved["shutdown"]:
             self.shutdown.set()
         if saved["emptied"]:
             self._note_emptied()
+        return taken
+
+    async def destroy(self, container_id: str) -> None:
+        """Kill and delete a container that nobody wants any more, if there is one.
+
+        Raises:
+            TimeoutError: it does not die.
+            TheseusError: the runtime does not delete it.
+        """
+        while (made := self._creating.get(container_id)) is not None:
+            await made.wait()
+        container = self._containers.get(container_id)
+        if container is None:
+            return
+        if container.init.exit is None and container.init.status is not Status.CREATED:
+            with contextlib.suppress(NotFound):  # it ends by itself
+                await container.kill(container.init, signal.SIGKILL, all_processes=False)
+            async with asyncio.timeout(_DEATH_LIMIT_S):
+                await container.init.wait()
+        await self.delete(container, container.init)
 
     async def quiet(self) -> None:
         """Wait until nothing is under way and what was read has reached its place.
@@ -220,6 +252,13 @@ class Tasks:
         for container in self._containers.values():
             container.resume_io()
 
+    async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do ``work`` to its end even if the caller gives up; it counts as under way."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
     async def finish(self) -> None:
         """Wait for the calls that are under way, and for what exits have set off."""
         while tasks := self._under_way():
@@ -227,7 +266,7 @@ class Tasks:
 
     def _under_way(self) -> set[asyncio.Task[Any]]:
         work = [container.work for container in self.all()]
-        return self._running.union(self._around.reaper.under_way(), *work)
+        return self._running.union(self._reaper.under_way(), *work)
 
     async def _create(self, request: CreateRequest) -> Container:
         options = self.complete(request.options)
@@ -238,14 +277,17 @@ class Tasks:
             stdio=request.stdio,
             rootfs=request.rootfs,
         )
-        self._creating.add(request.id)
+        made = self._creating[request.id] = asyncio.Event()
         try:
             options.root.mkdir(parents=True, exist_ok=True, mode=0o711)
             await container.create()
             self._containers[request.id] = container
         finally:
-            self._creating.discard(request.id)
-        self.save()
+            del self._creating[request.id]
+            made.set()
+            if request.id not in self._containers:
+                del self._homes[request.id]
+        self.save(self._homes[request.id])
         return container
 
     def _make(
@@ -257,6 +299,7 @@ class Tasks:
         stdio: Stdio,
         rootfs: Sequence[Mount],
     ) -> Container:
+        home = self._homes[container_id] = self._find_home(container_id)
         return Container(
             container_id,
             bundle=bundle,
@@ -264,33 +307,29 @@ class Tasks:
                 container_id,
                 options,
                 log_file=bundle.runtime_log,
-                reaper=self._around.reaper,
+                reaper=self._reaper,
                 timeout_s=self._runtime_timeout_s,
             ),
             options=options,
             stdio=stdio,
             rootfs=rootfs,
-            surroundings=self._around,
-            changed=self.save,
+            surroundings=home.around,
+            changed=partial(self.save, home),
         )
 
     async def _delete(self, container: Container, process: Process) -> None:
         await container.delete(process)
         if process is container.init:
             self._containers.pop(container.id, None)
-            self.save()
+            home = self._homes.pop(container.id, None)
+            if home is not None:
+                self.save(home)
             if not len(self):
                 self._note_emptied()
 
     def _note_emptied(self) -> None:
         self._was_emptied = True
         self.emptied.set()
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from services.containerd.tasks.factory import ShimAddress, ShimRequest
+    from services.containerd.tasks.shim import ShimAddress, ShimRequest
     from tests.fakes.shim import FakeShim
 
 
@@ -45,8 +45,8 @@ class FakeFactory:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start_shim(self, request: ShimRequest, *, timeout_s: float = 30.0) -> ShimAddress:
-        from services.containerd.tasks.factory import ShimAddress
         from services.containerd.tasks.processes import ProcessId
+        from services.containerd.tasks.shim import ShimAddress
         from tests.fakes.shim import FakeShim
 
         if self.failure is not None:

@@ -46,12 +46,13 @@ SPEC = TypedValue("types.containerd.io/opencontainers/runtime-spec/1/Spec", b'{"
 class TaskNode:
     """A containerd that only has tasks, which can be started again on the same root."""
 
-    def __init__(self, root: Path, *, grace_s: float = 5.0) -> None:
+    def __init__(self, root: Path, *, grace_s: float = 5.0, containers_per_shim: int = 1) -> None:
         self.root = root
         self.state = root / "s"
         self.state.mkdir()
         self.socket = self.state / "c.sock"
         self.grace_s = grace_s
+        self.containers_per_shim = containers_per_shim
         self.factory = FakeFactory(self.socket)
         self.metadata: Metadata
         self.shims: ShimManager
@@ -80,6 +81,7 @@ class TaskNode:
                 identity=Identity(secrets.token_hex(8), epoch),
                 grace_s=self.grace_s,
                 launcher=self.factory if self.replacing else None,
+                containers_per_shim=self.containers_per_shim,
             )
         )
         self.tasks = TaskManager(

@@ -16,6 +16,7 @@ from services.common.client import connect
 from services.common.errors import DataLoss, TheseusError, Unavailable
 from services.common.rpc_errors import translated
 from services.containerd.rpc.encoding import from_any, nanoseconds, to_any
+from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import (
     CreateTask,
     ProcessExit,
@@ -23,6 +24,7 @@ from services.containerd.tasks.shim import (
     ProcessState,
     ProgramInfo,
     Reexecuted,
+    ShimAddress,
     ShimInfo,
     Stdio,
     TaskStatus,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from services.containerd.tasks.shim import Attachment
+    from services.containerd.tasks.shim import Attachment, ShimRequest
     from services.containerd.typed import TypedValue
 
 ATTACH_METHOD = "/theseus.shim.v1.Streams/Attach"
@@ -200,6 +202,26 @@ class ShimClient:
         with self._call():
             request = pb.ShutdownRequest(id=self._id, now=now)
             await self._task.Shutdown(request, timeout=_QUICK_S)
+
+    async def host(self, request: ShimRequest) -> ShimAddress:
+        """As ``Shim.host``."""
+        message = control_pb2.HostRequest(
+            namespace=request.namespace,
+            id=request.id,
+            bundle=str(request.bundle),
+            instance_id=request.instance_id,
+            adopt=request.adopt,
+        )
+        with self._call():
+            answer = await self._control.Host(message, timeout=_QUICK_S)
+        process = ProcessId(answer.pid, answer.pid_start_time)
+        return ShimAddress(process, answer.address, answer.version)
+
+    async def leave(self, *, now: bool = False) -> None:
+        """As ``Shim.leave``."""
+        with self._call():
+            request = control_pb2.LeaveRequest(id=self._id, now=now)
+            await self._control.Leave(request, timeout=_QUICK_S)
 
     async def info(self) -> ProgramInfo:
         """As ``Shim.info``."""

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from services.common import linux
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from services.containerd.identifiers import checked_identifier
+from services.containerd.tasks.groups import group_of
 from services.containerd.tasks.processes import ProcessId
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ DELETING_FILE = "deleting"
 
 @dataclass(frozen=True, slots=True)
 class ShimRecord:
-    """Content of shim.json. ``pid`` and ``start_time`` are 0 until the shim serves."""
+    """Content of shim.json. ``pid`` and ``start_time`` are 0 until the shim serves.
+
+    ``socket`` is that of the process that serves it, which may serve others of its ``group`` too.
+    """
 
     instance_id: str
     namespace: str
@@ -59,6 +63,7 @@ class ShimRecord:
     boot_id: str
     pid: int = 0
     start_time: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class Bundle:
                 boot_id=str(data["boot_id"]),
                 pid=int(data.get("pid") or 0),
                 start_time=int(data.get("start_time") or 0),
+                group=str(data.get("group") or ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise NotFound(f"{self.path / SHIM_FILE} does not describe a shim") from error
@@ -135,15 +141,19 @@ class Bundle:
         """Whether the directory is there. Blocks."""
         return self.path.is_dir()
 
-    def remove(self) -> None:
+    def remove(self, *, shared: bool = False) -> None:
         """Unmount what is mounted beneath, and remove directory and socket. Blocks; idempotent.
+
+        Args:
+            shared: the socket stays, others are served there.
 
         Raises:
             OSError: something beneath is in use and cannot be unmounted.
         """
         unmount_beneath(self.path)
-        with contextlib.suppress(NotFound):
-            Path(self.record().socket).unlink(missing_ok=True)
+        if not shared:
+            with contextlib.suppress(NotFound):
+                Path(self.record().socket).unlink(missing_ok=True)
         rubbish = self.path.with_name(f".{self.id}.{secrets.token_hex(4)}")
         try:
             self.path.rename(rubbish)
@@ -173,13 +183,15 @@ class Bundles:
         checked_identifier(id, what="container id", field="container_id")
         return Bundle(namespace, id, self._tasks / namespace / id)
 
-    def socket(self, namespace: str, id: str) -> Path:
-        """Where the shim of a task listens.
+    def socket(self, namespace: str, id: str, instance_id: str) -> Path:
+        """Where the shim of a task listens, if it has a process of its own.
+
+        The next task of this id has another: the process may still serve others there.
 
         Raises:
             InvalidArgument: the state directory's path is too long for a Unix socket.
         """
-        digest = hashlib.sha256(f"{namespace}/{id}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{namespace}/{id}/{instance_id}".encode()).hexdigest()[:16]
         path = self._sockets / digest
         if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
             raise InvalidArgument(
@@ -202,14 +214,16 @@ class Bundles:
             ResourceExhausted: the disk is full.
         """
         bundle = self.find(namespace, id)
+        config = _parse_spec(spec)
+        instance_id = secrets.token_hex(16)
         record = ShimRecord(
-            instance_id=secrets.token_hex(16),
+            instance_id=instance_id,
             namespace=namespace,
             id=id,
-            socket=str(self.socket(namespace, id)),
+            socket=str(self.socket(namespace, id, instance_id)),
             boot_id=linux.boot_id(),
+            group=group_of(config),
         )
-        config = _parse_spec(spec)
         draft = bundle.path.with_name(f".{id}.{secrets.token_hex(4)}")
         try:
             self._sockets.mkdir(mode=0o711, parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import json
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
@@ -25,12 +24,15 @@ from services.common.background import Background
 from services.common.errors import DeadlineExceeded, Internal, Unavailable
 from services.common.log import request_id
 from services.containerd.tasks.processes import ProcessId
+from services.containerd.tasks.shim import ShimAddress
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
+
+    from services.containerd.tasks.shim import ShimRequest
 
 log = structlog.get_logger(__name__)
 
@@ -46,30 +48,6 @@ _LOG_TAIL_BYTES = 2000
 
 class ShimStartFailed(Internal):
     """A shim did not come up; the message has its own words."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShimRequest:
-    """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
-
-    With ``adopt`` it takes over the container of a shim that died, instead of waiting for one.
-    """
-
-    namespace: str
-    id: str
-    bundle: Path
-    socket: Path
-    instance_id: str
-    adopt: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ShimAddress:
-    """A shim that serves."""
-
-    process: ProcessId
-    address: str
-    version: str
 
 
 class ShimLauncher(Protocol):

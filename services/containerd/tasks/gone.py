@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         CreateTask,
         ProgramInfo,
         Reexecuted,
+        ShimAddress,
+        ShimRequest,
         Stdio,
     )
     from services.containerd.typed import TypedValue
@@ -170,6 +172,13 @@ class GoneShim:
 
     async def shutdown(self, *, now: bool = False) -> None:
         """As ``Shim.shutdown``; it is done."""
+
+    async def host(self, request: ShimRequest) -> ShimAddress:
+        """As ``Shim.host``; refused."""
+        self._refuse()
+
+    async def leave(self, *, now: bool = False) -> None:
+        """As ``Shim.leave``; it is done."""
 
     async def info(self) -> ProgramInfo:
         """As ``Shim.info``; refused."""

@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from services.common.background import Background
-    from services.containerd.tasks.factory import ShimAddress
     from services.containerd.tasks.gone import Epitaph
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.metrics import TaskMetrics
-    from services.containerd.tasks.shim import ShimConnector
+    from services.containerd.tasks.shim import ShimAddress, ShimConnector
 
     Replace = Callable[[KnownShim], Awaitable[ShimAddress]]
-    """Starts a shim that adopts the container of a dead one; raises TheseusError if none can."""
+    """Has a shim adopt the container of a dead one; raises TheseusError if none can."""
     from services.containerd.tasks.undertaker import Undertaker
 
 log = structlog.get_logger(__name__)
@@ -203,7 +202,7 @@ class Keeper:
             return error.message
         if known.standing is not Standing.REPLACING:  # its task is being deleted
             return None
-        self.meet(known, address.process, address.address, address.version)
+        log.debug("dead shim has a successor", container=known.id, pid=address.process.pid)
         registered = known.session is not None
         known.turn(Standing.REGISTERED if registered else Standing.REACHABLE)
         await self._announce(known, "replaced")

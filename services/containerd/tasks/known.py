@@ -62,7 +62,9 @@ class KnownShim:
         bundle: its place.
         instance_id: of the bundle.
         inherited: it was there when this containerd started.
-        process: the shim itself, once known.
+        group: whose shims share a process; empty: none.
+        process: the shim itself, once known; it may be that of others too.
+        joining: the process that is being asked to serve it.
         address: where it serves, once known.
         version: of its program, once known.
         shim: the way to it, once it serves.
@@ -77,7 +79,9 @@ class KnownShim:
         self.bundle = bundle
         self.instance_id = instance_id
         self.inherited = standing is not Standing.STARTING
+        self.group = ""
         self.process: ProcessId | None = None
+        self.joining: ProcessId | None = None
         self.address = ""
         self.version = ""
         self.shim: Shim | None = None

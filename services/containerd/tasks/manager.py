@@ -288,10 +288,8 @@ class TaskManager:
         return shim.attach(requests, timeout_s=timeout_s)
 
     async def _launch(self, launcher: ShimLauncher, known: KnownShim) -> None:
-        request = self._shims.request(known)
         with self._metrics.start_seconds.time():
-            address = await launcher.start_shim(request)
-        self._shims.served(known, address)
+            await self._shims.start(launcher, known)
 
     async def _undo_create(self, known: KnownShim) -> None:
         await uninterrupted(self._remove_uncreated(known))

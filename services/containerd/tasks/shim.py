@@ -18,8 +18,10 @@ from services.common.errors import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from pathlib import Path
 
     from services.common.mounts import Mount
+    from services.containerd.tasks.processes import ProcessId
     from services.containerd.typed import TypedValue
 
 
@@ -127,6 +129,30 @@ class Reexecuted:
     downtime_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShimRequest:
+    """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
+
+    With ``adopt`` it takes over the container of a shim that died, instead of waiting for one.
+    """
+
+    namespace: str
+    id: str
+    bundle: Path
+    socket: Path
+    instance_id: str
+    adopt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShimAddress:
+    """A shim that serves."""
+
+    process: ProcessId
+    address: str
+    version: str
+
+
 class Shim(Protocol):
     """One shim. Every method raises ``Unavailable`` when the shim cannot be reached now."""
 
@@ -223,6 +249,23 @@ class Shim(Protocol):
 
     async def shutdown(self, *, now: bool = False) -> None:
         """Tell the shim to go; with ``now`` even if it has a task. It may not answer any more."""
+
+    async def host(self, request: ShimRequest) -> ShimAddress:
+        """Have the process serve one more bundle; may be asked again.
+
+        Raises:
+            FailedPrecondition: it is about to end, or there is nothing to adopt.
+        """
+
+    async def leave(self, *, now: bool = False) -> None:
+        """Have the process serve this task no longer; may be asked again.
+
+        Unless it has to be ``now``, that is once its events are acknowledged.
+
+        Raises:
+            FailedPrecondition: it has a container, and it does not have to be now.
+            DeadlineExceeded: that does not die.
+        """
 
     async def info(self) -> ProgramInfo:
         """The program that the shim runs."""

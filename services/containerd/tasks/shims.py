@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import structlog
@@ -17,7 +18,6 @@ import structlog
 from services.common import linux
 from services.common.background import Background
 from services.common.errors import AlreadyExists, Unavailable
-from services.containerd.tasks.factory import ShimRequest
 from services.containerd.tasks.gone import GoneShim
 from services.containerd.tasks.inheritance import look_around
 from services.containerd.tasks.keeper import Keeper
@@ -31,7 +31,8 @@ from services.containerd.tasks.registration import (
     check_identity,
 )
 from services.containerd.tasks.scrape import scrape
-from services.containerd.tasks.shim import TaskNotFound
+from services.containerd.tasks.sharing import Sharing
+from services.containerd.tasks.shim import ShimRequest, TaskNotFound
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from services.containerd.tasks.bundle import Bundles, ShimRecord
-    from services.containerd.tasks.factory import ShimAddress, ShimLauncher
+    from services.containerd.tasks.factory import ShimLauncher
     from services.containerd.tasks.inheritance import FoundBundle
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.metrics import TaskMetrics
-    from services.containerd.tasks.shim import ShimConnector
+    from services.containerd.tasks.shim import ShimAddress, ShimConnector
     from services.containerd.tasks.undertaker import Undertaker
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ class ShimManager:
         identity: for Welcome.
         grace_s: how long a shim has to register.
         launcher: starts successors of shims that died; None: they have none.
+        containers_per_shim: how many containers without a group one process serves.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ShimManager:
         identity: Identity,
         grace_s: float = 5.0,
         launcher: ShimLauncher | None = None,
+        containers_per_shim: int = 1,
     ) -> None:
         self._launcher = launcher
         self._bundles = bundles
@@ -103,6 +106,12 @@ class ShimManager:
             remove=self.remove,
             grace_s=grace_s,
             replace=self._replace if launcher is not None else None,
+        )
+        self._sharing = Sharing(
+            self._shims.values,
+            find_way=self._keeper.find_way,
+            meet=self._meet,
+            most=containers_per_shim,
         )
         self._boot_id = linux.boot_id()
         self._draining = False
@@ -185,22 +194,16 @@ class ShimManager:
             del self._shims[key]
             raise
         known.instance_id = record.instance_id
+        known.group = record.group
         return known
 
-    def request(self, known: KnownShim, *, adopt: bool = False) -> ShimRequest:
-        """What a shim for a bundle is started with."""
-        return ShimRequest(
-            namespace=known.namespace,
-            id=known.id,
-            bundle=known.bundle.path,
-            socket=self._bundles.socket(known.namespace, known.id),
-            instance_id=known.instance_id,
-            adopt=adopt,
-        )
+    async def start(self, launcher: ShimLauncher, known: KnownShim) -> None:
+        """Have a shim serve a new task: a process of its own, or one of its group.
 
-    def served(self, known: KnownShim, address: ShimAddress) -> None:
-        """The shim of a new task serves."""
-        self._keeper.meet(known, address.process, address.address, address.version)
+        Raises:
+            ShimStartFailed, DeadlineExceeded, Unavailable: there is none.
+        """
+        await self._sharing.start(launcher, known, self._request(known))
 
     def began(self, known: KnownShim) -> None:
         """The task of a new shim exists."""
@@ -270,7 +273,8 @@ class ShimManager:
             if known.dismissed is None:
                 await self._undertaker.mark(known, {})
             clean = known.dismissed is not None and bool(known.dismissed.get("clean"))
-            await self._undertaker.remove(known, clean=clean)
+            shared = bool(self._sharing.company(known))
+            await self._undertaker.remove(known, clean=clean, shared=shared)
             if known.session is not None:
                 known.session.end()
             del self._shims[known.namespace, known.id]
@@ -278,29 +282,50 @@ class ShimManager:
             return True
 
     async def scrape(self, *, timeout_s: float = 0.8) -> bytes:
-        """The metrics of all shims in one page; those that do not answer in time are counted."""
+        """The metrics of all shims in one page; those that do not answer in time are counted.
+
+        A process that serves several is asked once, and stands under the first one's id.
+        """
         standing = dict.fromkeys(Standing, 0)
         for known in self._shims.values():
             standing[known.standing] += 1
         for kind, count in standing.items():
             self._metrics.known.labels(kind.value).set(count)
-        shims = [
-            (known.namespace, known.id, known.shim)
-            for known in self._shims.values()
+        shims = {
+            known.address: (known.namespace, known.id, known.shim)
+            for _, known in sorted(self._shims.items(), reverse=True)
             if known.shim is not None
-        ]
-        page, unanswered = await scrape(shims, timeout_s=timeout_s)
+        }
+        page, unanswered = await scrape(list(shims.values()), timeout_s=timeout_s)
         self._metrics.unanswered.inc(unanswered)
         return page
 
+    def _request(self, known: KnownShim, *, adopt: bool = False) -> ShimRequest:
+        return ShimRequest(
+            namespace=known.namespace,
+            id=known.id,
+            bundle=known.bundle.path,
+            socket=self._bundles.socket(known.namespace, known.id, known.instance_id),
+            instance_id=known.instance_id,
+            adopt=adopt,
+        )
+
+    def _meet(self, known: KnownShim, address: ShimAddress) -> None:
+        self._keeper.meet(known, address.process, address.address, address.version)
+
     async def _replace(self, known: KnownShim) -> ShimAddress:
         assert self._launcher is not None
-        return await self._launcher.start_shim(self.request(known, adopt=True))
+        dead = known.address
+        found = await self._sharing.start(self._launcher, known, self._request(known, adopt=True))
+        if dead != found.address:  # it found others of its group; the dead shim served elsewhere
+            _unlink(dead)
+        return found
 
     def _inherit(self, found: FoundBundle) -> None:
         bundle = found.bundle
         instance_id = found.record.instance_id if found.record is not None else ""
         known = KnownShim(bundle, instance_id, Standing.EXPECTED)
+        known.group = found.record.group if found.record is not None else ""
         self._shims[bundle.namespace, bundle.id] = known
         name = f"shim {bundle.id}"
         if found.record is None or found.deletion is not None:
@@ -358,3 +383,7 @@ class ShimManager:
 
 def _draining() -> Unavailable:
     return Unavailable("containerd is being replaced: register again")
+
+
+def _unlink(address: str) -> None:
+    Path(address.removeprefix("unix://")).unlink(missing_ok=True)

@@ -9,9 +9,10 @@ A process that still ran when its shim had died is killed here, and the kernel t
 (``PIDFD_GET_INFO``), so that is true as well. Where no record exists, the status is lost, and the
 event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
 
-Removal: ``deleting`` written · shim told to go, then killed · spool -> journal · leftovers, mounts,
-bundle. Both sequences can be repeated from the start after a crash at any step. Whoever deletes a
-task waits for the first step of a removal; the rest follows behind its back.
+Removal: ``deleting`` written · shim told to go, then killed (or, where its process serves others
+too, told to serve this one no longer) · spool -> journal · leftovers, mounts, bundle. Both sequences
+can be repeated from the start after a crash at any step. Whoever deletes a task waits for the first
+step of a removal; the rest follows behind its back.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from services.containerd.tasks.remains import (
     read_spool,
     thaw_container,
 )
+from services.containerd.tasks.sharing import leave
 from services.containerd.tasks.shim import ProcessExit
 
 if TYPE_CHECKING:
@@ -116,20 +118,22 @@ class Undertaker:
         """
         await asyncio.to_thread(_mark, known, note)
 
-    async def remove(self, known: KnownShim, *, clean: bool) -> None:
+    async def remove(self, known: KnownShim, *, clean: bool, shared: bool = False) -> None:
         """Take away shim and bundle, after :meth:`mark`.
 
         Args:
             known: the shim.
             clean: the shim has deleted the container already.
+            shared: its process serves others too, and goes on.
         """
-        await self._send_away(known, now=not clean)
+        if not shared or not await self._part(known, now=not clean):
+            await self._send_away(known, now=not clean)
         await self.drain(known)
         if not clean:
             remains = await asyncio.to_thread(read_remains, known.bundle)
             if remains is not None:
                 await delete_container(remains, known.id)
-        await asyncio.to_thread(known.bundle.remove)
+        await asyncio.to_thread(known.bundle.remove, shared=shared)
         self._release(known)
         await self._journal.forget(known.instance_id)
 
@@ -145,6 +149,18 @@ class Undertaker:
         if events:
             await self._journal.record(known.namespace, known.instance_id, events)
             note_events(known, events, self._journal)
+
+    async def _part(self, known: KnownShim, *, now: bool) -> bool:
+        """See the shim's process serve it no longer; returns whether it does as it is asked.
+
+        One that does not is killed, and those that it serves too are taken over by another.
+        """
+        if not await leave(known, now=now, limit_s=_GO_S):
+            log.error("shim does not let go", container=known.id, process=known.process)
+            return False
+        if known.shim is not None:
+            await known.shim.close()
+        return True
 
     async def _send_away(self, known: KnownShim, *, now: bool) -> None:
         """See the shim's process end: asked first, then killed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from services.containerd.tasks.known import KnownShim
+    from services.containerd.tasks.processes import ProcessId
     from services.containerd.tasks.shim import Reexecuted
     from services.containerd.tasks.shims import ShimManager
 
@@ -64,6 +65,8 @@ class ShimUpgrades:
     ) -> AsyncIterator[Upgraded]:
         """Upgrade the shims of these containers, or of all if there are none; yields each.
 
+        A process that serves several of them is executed anew once.
+
         Raises:
             TaskNotFound: one of them has no task; nothing is done.
         """
@@ -72,7 +75,15 @@ class ShimUpgrades:
         else:
             wanted = self._shims.all(namespace)
         turns = asyncio.Semaphore(_AT_ONCE)
-        tasks = [asyncio.ensure_future(self._in_turn(known, turns)) for known in wanted]
+        first: dict[ProcessId | None, asyncio.Future[Upgraded]] = {}
+        tasks: list[asyncio.Future[Upgraded]] = []
+        for known in wanted:
+            leader = first.get(known.process) if known.process is not None else None
+            if leader is not None:
+                tasks.append(asyncio.ensure_future(_with(leader, known)))
+            else:
+                tasks.append(asyncio.ensure_future(self._in_turn(known, turns)))
+                first[known.process] = tasks[-1]
         try:
             for task in asyncio.as_completed(tasks):
                 yield await task
@@ -123,3 +134,8 @@ class ShimUpgrades:
                 await handle.kill(timeout_s=_KILL_S)
         log.error("shim does not come up", container=known.id, waited_s=time.monotonic() - began)
         return f"it did not answer within {self._limit_s:.0f} s, was killed, and is replaced"
+
+
+async def _with(leader: asyncio.Future[Upgraded], known: KnownShim) -> Upgraded:
+    """What becomes of a shim whose process is that of another."""
+    return replace(await asyncio.shield(leader), container_id=known.id)

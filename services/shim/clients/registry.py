@@ -117,7 +117,7 @@ class RegistryClient:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, OSError) as error:
             log.info("registration ended", error=_in_words(error), welcomed=welcomed)
         finally:
-            self._set_registered(False)
+            self.registered = False
             await channel.close()
         return welcomed
 
@@ -145,7 +145,7 @@ class RegistryClient:
             self._epoch_seen(welcome.epoch)
         self._spool.acknowledge(welcome.last_acked_seq)
         self._metrics.registrations.inc()
-        self._set_registered(True)
+        self.registered = True
         self._appearance.close()
         log.info("registered", containerd_id=welcome.containerd_id, epoch=welcome.epoch)
 
@@ -180,10 +180,6 @@ class RegistryClient:
                 )
             )
             sent = spooled.seq
-
-    def _set_registered(self, registered: bool) -> None:
-        self.registered = registered
-        self._metrics.registered.set(registered)
 
 
 def _in_words(error: Exception) -> str:

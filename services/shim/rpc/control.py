@@ -1,21 +1,23 @@
-"""Serves theseus.shim.v1.Control: metrics, identity, reopening of log files."""
+"""Serves theseus.shim.v1.Control: metrics, identity, members, re-execution."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
-from services.common import VERSION
+from services.common import VERSION, linux
 from services.common.errors import FailedPrecondition, InvalidArgument, TheseusError
+from services.shim.config import ShimConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from grpc.aio import ServicerContext
 
-    from services.shim.clients.registry import RegistryClient
-    from services.shim.config import ShimConfig
+    from services.shim.members import Hosting, Members
     from services.shim.reexec import Reexecution
     from services.shim.tasks import Tasks
 
@@ -26,25 +28,25 @@ class ControlService(control_pb2_grpc.ControlServicer):
     """Control of one shim.
 
     Args:
-        config: who it is.
+        members: who it is.
         tasks: its containers.
-        registry: its registration.
+        hosting: takes members in and sees them off.
         page: renders the metrics.
         reexecution: replaces the program.
     """
 
     def __init__(
         self,
-        config: ShimConfig,
+        members: Members,
         tasks: Tasks,
-        registry: RegistryClient,
+        hosting: Hosting,
         page: Callable[[], bytes],
         reexecution: Reexecution,
     ) -> None:
         self._reexecution = reexecution
-        self._config = config
+        self._members = members
         self._tasks = tasks
-        self._registry = registry
+        self._hosting = hosting
         self._page = page
 
     async def Metrics(
@@ -57,16 +59,18 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.InfoRequest, context: Context
     ) -> control_pb2.InfoResponse:
         """Who this shim is."""
+        config, members = self._members.first.config, list(self._members)
         return control_pb2.InfoResponse(
-            namespace=self._config.namespace,
-            id=self._config.id,
-            instance_id=self._config.instance_id,
+            namespace=config.namespace,
+            id=config.id,
+            instance_id=config.instance_id,
             pid=os.getpid(),
             version=VERSION,
             generation=self._reexecution.attempt.generation,
             runtime=await self._runtime(),
-            epoch=self._registry.epoch,
-            registered=self._registry.registered,
+            epoch=max(member.registry.epoch for member in members),
+            registered=all(member.registry.registered for member in members),
+            members=[member.config.id for member in members],
         )
 
     async def ReopenLog(
@@ -80,6 +84,33 @@ class ControlService(control_pb2_grpc.ControlServicer):
         log_file.reopen()
         await log_file.settle()
         return control_pb2.ReopenLogResponse()
+
+    async def Host(
+        self, request: control_pb2.HostRequest, context: Context
+    ) -> control_pb2.HostResponse:
+        """Serve one more bundle."""
+        config = replace(
+            self._members.first.config,
+            namespace=request.namespace,
+            id=request.id,
+            bundle=Path(request.bundle),
+            instance_id=request.instance_id,
+            adopt=request.adopt,
+        )
+        await self._hosting.host(ShimConfig.from_request(config.to_request()))
+        return control_pb2.HostResponse(
+            pid=os.getpid(),
+            pid_start_time=linux.process_start_time(os.getpid()) or 0,
+            address=f"unix://{config.socket}",
+            version=VERSION,
+        )
+
+    async def Leave(
+        self, request: control_pb2.LeaveRequest, context: Context
+    ) -> control_pb2.LeaveResponse:
+        """Serve a bundle no longer."""
+        await self._hosting.leave(request.id, now=request.now)
+        return control_pb2.LeaveResponse()
 
     async def Reexec(
         self, request: control_pb2.ReexecRequest, context: Context
@@ -98,7 +129,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def _runtime(self) -> str:
         containers = self._tasks.all()
         if not containers:
-            return self._config.default_runtime
+            return self._members.first.config.default_runtime
         runtime = containers[0].runtime
         try:
             return f"{runtime.name}: {await runtime.version()}"

@@ -21,6 +21,7 @@ from services.common import log as logs
 from services.common.background import Background
 from services.shim.bundle import Bundle
 from services.shim.container import Surroundings
+from services.shim.home import Home
 from services.shim.measures import Unmeasured
 from services.shim.reaper import Reaper
 from services.shim.spool import Spool
@@ -66,15 +67,18 @@ class TtrpcShim:
         spool = Spool(bundle.spool, keep=True)
         loop = asyncio.get_running_loop()
         async with Background() as background:
+            around = Surroundings(
+                namespace=request.namespace,
+                reaper=reaper,
+                events=spool,
+                metrics=Unmeasured(),
+                background=background,
+            )
+            all_at_home = Home(bundle, around)
             tasks = Tasks(
-                Surroundings(
-                    namespace=request.namespace,
-                    reaper=reaper,
-                    events=spool,
-                    metrics=Unmeasured(),
-                    background=background,
-                ),
-                home=bundle,
+                reaper=reaper,
+                namespace=request.namespace,
+                find_home=lambda _id: all_at_home,
                 default_runtime="runc",
                 # With containerd's own address that is upstream's /run/containerd/runc.
                 runtime_state=Path(request.address).parent,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +11,6 @@ from services.common import linux
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound
 from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.processes import ProcessId
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -29,7 +26,7 @@ def test_a_new_bundle_is_complete(bundles: Bundles, tmp_path: Path) -> None:
     assert (record.namespace, record.id, record.pid) == ("ns", "c1", 0)
     assert len(record.instance_id) == 32
     assert record.boot_id == linux.boot_id()
-    assert record.socket == str(bundles.socket("ns", "c1"))
+    assert record.socket == str(bundles.socket("ns", "c1", record.instance_id))
     assert (bundle.path / "config.json").read_bytes() == b'{"ociVersion": "1.0.2"}'
     assert (bundle.path / "rootfs").is_dir()
     assert bundle.path.stat().st_mode & 0o777 == 0o700
@@ -78,16 +75,16 @@ def test_root_of_a_user_namespace_may_pass_through(bundles: Bundles) -> None:
 
 def test_removal_can_be_repeated(bundles: Bundles) -> None:
     record = bundles.create("ns", "c1", b"{}")
-    bundles.socket("ns", "c1").touch()
+    socket = Path(record.socket)
+    socket.touch()
     bundle = bundles.find("ns", "c1")
     assert bundle.deletion() is None
     bundle.begin_deletion({"exit_status": 3})
     assert bundle.deletion() == {"exit_status": 3}
     bundle.remove()
     bundle.remove()
-    assert not bundles.socket("ns", "c1").exists()
+    assert not socket.exists()
     assert list(bundle.path.parent.iterdir()) == []
-    assert record.instance_id
 
 
 def test_rubbish_of_interrupted_steps_is_cleared_away(bundles: Bundles) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from services.common.errors import DeadlineExceeded, Unavailable
 from services.common.log import request_id
-from services.containerd.tasks.factory import FactoryClient, ShimRequest, ShimStartFailed
+from services.containerd.tasks.factory import FactoryClient, ShimStartFailed
+from services.containerd.tasks.shim import ShimRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

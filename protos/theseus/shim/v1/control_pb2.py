@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/theseus/shim/v1/control.proto\x12\x0ftheseus.shim.v1\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\x0c\"\r\n\x0bInfoRequest\"\xa8\x01\n\x0cInfoResponse\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x12\n\nregistered\x18\t \x01(\x08\"(\n\x10ReopenLogRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"\x13\n\x11ReopenLogResponse\"4\n\rReexecRequest\x12\x0f\n\x07program\x18\x01 \x03(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\"W\n\x0eReexecResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0b\x64owntime_us\x18\x04 \x01(\x04\x32\xbb\x02\n\x07\x43ontrol\x12L\n\x07Metrics\x12\x1f.theseus.shim.v1.MetricsRequest\x1a .theseus.shim.v1.MetricsResponse\x12\x43\n\x04Info\x12\x1c.theseus.shim.v1.InfoRequest\x1a\x1d.theseus.shim.v1.InfoResponse\x12R\n\tReopenLog\x12!.theseus.shim.v1.ReopenLogRequest\x1a\".theseus.shim.v1.ReopenLogResponse\x12I\n\x06Reexec\x12\x1e.theseus.shim.v1.ReexecRequest\x1a\x1f.theseus.shim.v1.ReexecResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/theseus/shim/v1/control.proto\x12\x0ftheseus.shim.v1\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\x0c\"\r\n\x0bInfoRequest\"\xb9\x01\n\x0cInfoResponse\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x12\n\nregistered\x18\t \x01(\x08\x12\x0f\n\x07members\x18\n \x03(\t\"`\n\x0bHostRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\r\n\x05\x61\x64opt\x18\x05 \x01(\x08\"U\n\x0cHostResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x16\n\x0epid_start_time\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"\'\n\x0cLeaveRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03now\x18\x02 \x01(\x08\"\x0f\n\rLeaveResponse\"(\n\x10ReopenLogRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"\x13\n\x11ReopenLogResponse\"4\n\rReexecRequest\x12\x0f\n\x07program\x18\x01 \x03(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\"W\n\x0eReexecResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x13\n\x0b\x64owntime_us\x18\x04 \x01(\x04\x32\xc8\x03\n\x07\x43ontrol\x12L\n\x07Metrics\x12\x1f.theseus.shim.v1.MetricsRequest\x1a .theseus.shim.v1.MetricsResponse\x12\x43\n\x04Info\x12\x1c.theseus.shim.v1.InfoRequest\x1a\x1d.theseus.shim.v1.InfoResponse\x12R\n\tReopenLog\x12!.theseus.shim.v1.ReopenLogRequest\x1a\".theseus.shim.v1.ReopenLogResponse\x12I\n\x06Reexec\x12\x1e.theseus.shim.v1.ReexecRequest\x1a\x1f.theseus.shim.v1.ReexecResponse\x12\x43\n\x04Host\x12\x1c.theseus.shim.v1.HostRequest\x1a\x1d.theseus.shim.v1.HostResponse\x12\x46\n\x05Leave\x12\x1d.theseus.shim.v1.LeaveRequest\x1a\x1e.theseus.shim.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_start=108
   _globals['_INFOREQUEST']._serialized_end=121
   _globals['_INFORESPONSE']._serialized_start=124
-  _globals['_INFORESPONSE']._serialized_end=292
-  _globals['_REOPENLOGREQUEST']._serialized_start=294
-  _globals['_REOPENLOGREQUEST']._serialized_end=334
-  _globals['_REOPENLOGRESPONSE']._serialized_start=336
-  _globals['_REOPENLOGRESPONSE']._serialized_end=355
-  _globals['_REEXECREQUEST']._serialized_start=357
-  _globals['_REEXECREQUEST']._serialized_end=409
-  _globals['_REEXECRESPONSE']._serialized_start=411
-  _globals['_REEXECRESPONSE']._serialized_end=498
-  _globals['_CONTROL']._serialized_start=501
-  _globals['_CONTROL']._serialized_end=816
+  _globals['_INFORESPONSE']._serialized_end=309
+  _globals['_HOSTREQUEST']._serialized_start=311
+  _globals['_HOSTREQUEST']._serialized_end=407
+  _globals['_HOSTRESPONSE']._serialized_start=409
+  _globals['_HOSTRESPONSE']._serialized_end=494
+  _globals['_LEAVEREQUEST']._serialized_start=496
+  _globals['_LEAVEREQUEST']._serialized_end=535
+  _globals['_LEAVERESPONSE']._serialized_start=537
+  _globals['_LEAVERESPONSE']._serialized_end=552
+  _globals['_REOPENLOGREQUEST']._serialized_start=554
+  _globals['_REOPENLOGREQUEST']._serialized_end=594
+  _globals['_REOPENLOGRESPONSE']._serialized_start=596
+  _globals['_REOPENLOGRESPONSE']._serialized_end=615
+  _globals['_REEXECREQUEST']._serialized_start=617
+  _globals['_REEXECREQUEST']._serialized_end=669
+  _globals['_REEXECRESPONSE']._serialized_start=671
+  _globals['_REEXECRESPONSE']._serialized_end=758
+  _globals['_CONTROL']._serialized_start=761
+  _globals['_CONTROL']._serialized_end=1217
 # @@protoc_insertion_point(module_scope)

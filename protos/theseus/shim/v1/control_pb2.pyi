@@ -81,6 +81,7 @@ class InfoResponse(_message.Message):
     RUNTIME_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     REGISTERED_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """containerd namespace and id, as in Hello."""
     id: _builtins.str
@@ -95,7 +96,11 @@ class InfoResponse(_message.Message):
     epoch: _builtins.int
     """Highest containerd epoch seen; 0 before the first registration."""
     registered: _builtins.bool
-    """True while the registration stream stands."""
+    """True while every registration stream stands."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of all the bundles that it serves; the fields above are those of the first."""
+
     def __init__(
         self,
         *,
@@ -108,14 +113,118 @@ class InfoResponse(_message.Message):
         runtime: _builtins.str = ...,
         epoch: _builtins.int = ...,
         registered: _builtins.bool = ...,
+        members: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "id", b"id", "instance_id", b"instance_id", "namespace", b"namespace", "pid", b"pid", "registered", b"registered", "runtime", b"runtime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "id", b"id", "instance_id", b"instance_id", "members", b"members", "namespace", b"namespace", "pid", b"pid", "registered", b"registered", "runtime", b"runtime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InfoResponse: _TypeAlias = InfoResponse  # noqa: Y015
+
+@_typing.final
+class HostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ADOPT_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """As in a factory's request; the namespace is that of the shim."""
+    id: _builtins.str
+    bundle: _builtins.str
+    """Absolute path of the bundle."""
+    instance_id: _builtins.str
+    """32 hex digits, as in the bundle's shim.json."""
+    adopt: _builtins.bool
+    """Take over the container of a shim that died."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        id: _builtins.str = ...,
+        bundle: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        adopt: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "bundle", b"bundle", "id", b"id", "instance_id", b"instance_id", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostRequest: _TypeAlias = HostRequest  # noqa: Y015
+
+@_typing.final
+class HostResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    PID_START_TIME_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """The process that serves it, and where."""
+    pid_start_time: _builtins.int
+    address: _builtins.str
+    version: _builtins.str
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        pid_start_time: _builtins.int = ...,
+        address: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "pid", b"pid", "pid_start_time", b"pid_start_time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostResponse: _TypeAlias = HostResponse  # noqa: Y015
+
+@_typing.final
+class LeaveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the bundle, as in Host."""
+    now: _builtins.bool
+    """Do not wait for acknowledgements, and kill and delete its container if there is one."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        now: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "now", b"now"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
+
+@_typing.final
+class LeaveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
 
 @_typing.final
 class ReopenLogRequest(_message.Message):

@@ -55,6 +55,16 @@ class ControlStub:
                 request_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.SerializeToString,
                 response_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.FromString,
                 _registered_method=True)
+        self.Host = channel.unary_unary(
+                '/theseus.shim.v1.Control/Host',
+                request_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostRequest.SerializeToString,
+                response_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostResponse.FromString,
+                _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/theseus.shim.v1.Control/Leave',
+                request_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -95,6 +105,26 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Host(self, request, context):
+        """Has this shim serve one more bundle, as if a shim of its own had been started for it: it registers
+        by itself, and Create makes its container. A bundle that is served already is no error.
+        Errors: INVALID_ARGUMENT (another namespace, a malformed field), ALREADY_EXISTS (another bundle
+        of this id), FAILED_PRECONDITION (the shim is about to end; or adopt, and nothing is there).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leave(self, request, context):
+        """Has this shim serve a bundle no longer; the shim ends with the last. Answers when nothing of it is
+        left here. A bundle that is not served is no error.
+        Errors: FAILED_PRECONDITION (it has a container, and now is not set), DEADLINE_EXCEEDED (its
+        container does not die).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -117,6 +147,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Reexec,
                     request_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.FromString,
                     response_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.SerializeToString,
+            ),
+            'Host': grpc.unary_unary_rpc_method_handler(
+                    servicer.Host,
+                    request_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostRequest.FromString,
+                    response_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveRequest.FromString,
+                    response_serializer=protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -228,6 +268,60 @@ class Control:
             '/theseus.shim.v1.Control/Reexec',
             protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecRequest.SerializeToString,
             protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.ReexecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Host(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/theseus.shim.v1.Control/Host',
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostRequest.SerializeToString,
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.HostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/theseus.shim.v1.Control/Leave',
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveRequest.SerializeToString,
+            protos_dot_theseus_dot_shim_dot_v1_dot_control__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

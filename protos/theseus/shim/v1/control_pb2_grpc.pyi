@@ -32,6 +32,18 @@ class ControlStub:
     new version fails its self-check, or did not come up and the old one was executed again; output
     waits for space on a disk), UNAVAILABLE (something is under way that does not end).
     """
+    Host: _aio.UnaryUnaryMultiCallable[_control_pb2.HostRequest, _control_pb2.HostResponse]
+    """Has this shim serve one more bundle, as if a shim of its own had been started for it: it registers
+    by itself, and Create makes its container. A bundle that is served already is no error.
+    Errors: INVALID_ARGUMENT (another namespace, a malformed field), ALREADY_EXISTS (another bundle
+    of this id), FAILED_PRECONDITION (the shim is about to end; or adopt, and nothing is there).
+    """
+    Leave: _aio.UnaryUnaryMultiCallable[_control_pb2.LeaveRequest, _control_pb2.LeaveResponse]
+    """Has this shim serve a bundle no longer; the shim ends with the last. Answers when nothing of it is
+    left here. A bundle that is not served is no error.
+    Errors: FAILED_PRECONDITION (it has a container, and now is not set), DEADLINE_EXCEEDED (its
+    container does not die).
+    """
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served by every shim for containerd and for operators."""
@@ -74,6 +86,30 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         Errors: INVALID_ARGUMENT (no generation, or one that is not the next), FAILED_PRECONDITION (the
         new version fails its self-check, or did not come up and the old one was executed again; output
         waits for space on a disk), UNAVAILABLE (something is under way that does not end).
+        """
+
+    @_abc_1.abstractmethod
+    def Host(
+        self,
+        request: _control_pb2.HostRequest,
+        context: _aio.ServicerContext[_control_pb2.HostRequest, _abc.Awaitable[_control_pb2.HostResponse]],
+    ) -> _abc.Awaitable[_control_pb2.HostResponse]:
+        """Has this shim serve one more bundle, as if a shim of its own had been started for it: it registers
+        by itself, and Create makes its container. A bundle that is served already is no error.
+        Errors: INVALID_ARGUMENT (another namespace, a malformed field), ALREADY_EXISTS (another bundle
+        of this id), FAILED_PRECONDITION (the shim is about to end; or adopt, and nothing is there).
+        """
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _control_pb2.LeaveRequest,
+        context: _aio.ServicerContext[_control_pb2.LeaveRequest, _abc.Awaitable[_control_pb2.LeaveResponse]],
+    ) -> _abc.Awaitable[_control_pb2.LeaveResponse]:
+        """Has this shim serve a bundle no longer; the shim ends with the last. Answers when nothing of it is
+        left here. A bundle that is not served is no error.
+        Errors: FAILED_PRECONDITION (it has a container, and now is not set), DEADLINE_EXCEEDED (its
+        container does not die).
         """
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _aio.Server) -> None: ...
