@@ -121,9 +121,10 @@ class Reaper:
         self._orphans.clear()
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Listen no more, and be no subreaper."""
         if self._loop is not None:
             self._loop.remove_signal_handler(signal.SIGCHLD)
+            linux.set_child_subreaper_off()
 
     def spawn(
         self,

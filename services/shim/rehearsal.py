@@ -22,7 +22,6 @@ from google.protobuf import any_pb2
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from protos.theseus.shim.v1 import control_pb2, registry_pb2
-from services.common import linux
 from services.common import log as logs
 from services.shim.app import Shim, Transport
 from services.shim.config import ShimConfig
@@ -74,7 +73,6 @@ def rehearse() -> None:
             asyncio.run(_play(bundle, runtime))
         finally:
             logs.Logger.least = least
-            linux.set_child_subreaper_off()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 

@@ -108,7 +108,7 @@ async def test_a_pod_has_one_shim_which_ends_with_the_last(
         await grows(node, name)
     # The first one's bundle was the process' home: the others do not need it.
     await finish(node, "c0", 11)
-    assert not node.bundles.find(NS, "c0").exists()
+    await eventually(lambda: not node.bundles.find(NS, "c0").exists())
     with pytest.raises(NotFound):
         await node.call("Get", "c0")
     await grows(node, "c1")

@@ -10,9 +10,9 @@ A process that still ran when its shim had died is killed here, and the kernel t
 event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
 
 Removal: ``deleting`` written · shim told to go, then killed (or, where its process serves others
-too, told to serve this one no longer) · spool -> journal · leftovers, mounts, bundle. Both sequences
-can be repeated from the start after a crash at any step. Whoever deletes a task waits for the first
-step of a removal; the rest follows behind its back.
+too, told to serve this one no longer) · spool -> journal · leftovers, mounts, bundle. Both
+sequences can be repeated from the start after a crash at any step. Whoever deletes a task waits for
+the first step of a removal; the rest follows behind its back.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class ShimUpgrades:
         if container_ids:
             wanted = [self._shims.get(namespace, container_id) for container_id in container_ids]
         else:
-            wanted = self._shims.all(namespace)
+            wanted = [k for k in self._shims.all(namespace) if k.dismissed is None]
         turns = asyncio.Semaphore(_AT_ONCE)
         first: dict[ProcessId | None, asyncio.Future[Upgraded]] = {}
         tasks: list[asyncio.Future[Upgraded]] = []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from services.common import linux
 from services.shim.reaper import Exit, Reaper, Window
 from tests.fakes.eventually import eventually
 
@@ -18,8 +17,6 @@ async def reaper():
     reaper.start()
     yield reaper
     reaper.stop()
-    # The test process is nobody's shim.
-    linux._libc.prctl(linux.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def spawn(reaper, script, stdin=0, stdout=2):
