@@ -170,7 +170,10 @@ class Container:
                 self._started(process, events.TASK_START, {"container_id": self.id})
                 self._around.metrics.start_seconds.observe(time.monotonic() - began)
             else:
-                await self._start_exec(process)
+                try:
+                    await self._start_exec(process)
+                finally:
+                    process.attempted()
                 self._around.metrics.exec_seconds.observe(time.monotonic() - began)
 
     def add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> None:

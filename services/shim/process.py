@@ -177,6 +177,7 @@ class Process:
         self.lock = asyncio.Lock()
         self._transitions = EXEC_TRANSITIONS if exec_id else INIT_TRANSITIONS
         self._ended = asyncio.Event()
+        self._attempted = asyncio.Event()
 
     @property
     def id(self) -> str:
@@ -249,6 +250,26 @@ class Process:
         self.apply(Action.DELETE)
         self._close_pidfd()
         self._ended.set()
+        self.attempted()
+
+    def attempted(self) -> None:
+        """Note that it was started, or could not be: who waits for its streams looks again."""
+        self._attempted.set()
+        self._attempted.clear()
+
+    async def streams(self) -> ProcessIo:
+        """Its streams. An exec process has none before its start, which is waited for.
+
+        Raises:
+            FailedPrecondition: the start failed, or its streams are gone.
+        """
+        if self.io is None and self.exec_id and self.status is Status.CREATED:
+            await self._attempted.wait()
+        if self.io is None:
+            raise FailedPrecondition(
+                f"process '{self.id}' is {self.status} and has no streams to attach to"
+            )
+        return self.io
 
     async def wait(self) -> ExitRecord:
         """How it ended, once it has and that is on the spool.

@@ -246,6 +246,39 @@ async def test_an_exec_runs_with_streams_and_exit_code(made):
     await made.until(lambda: exec_id not in made.node.world.tasks[identity])
 
 
+async def test_who_attached_to_an_exec_is_coupled_while_it_is_started(made):
+    await made.run("one", **QUIET)
+    exec_id = await make_exec(made)
+    client = Client(made.execs.Attach, exec_id=exec_id)
+    await client.begin()
+    gate = made.node.gate_streams()
+    release = made.node.block("Tasks.Start")
+    starting = asyncio.create_task(start_exec(made, exec_id))
+    await made.until(lambda: gate.waiting)  # and the start has not been answered
+    gate.open.set()
+    release.set()
+    await starting
+    container = (await made.get("one")).id
+    made.node.world.write(container, b"out", exec_id=exec_id)
+    made.node.world.end(container, 0, exec_id)
+    await client.rest()
+    assert client.output == b"out"
+
+
+async def test_an_exec_that_cannot_be_started_ends_who_waits_for_its_streams(made):
+    await made.run("one", **QUIET)
+    exec_id = await make_exec(made)
+    client = Client(made.execs.Attach, exec_id=exec_id)
+    await client.begin()
+    refused = grpc.StatusCode.FAILED_PRECONDITION
+    made.node.fail("Tasks.Start", refused, "the runtime said no")
+    made.node.refuse_streams("it has no streams")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await start_exec(made, exec_id)
+    assert await client.rest() == 0
+    assert "the runtime said no" in (await wait_exec(made, exec_id)).error
+
+
 async def test_a_detached_exec_throws_its_output_away(made):
     identity = await made.run("one", **QUIET)
     exec_id = await make_exec(made, detach=True)

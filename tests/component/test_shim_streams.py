@@ -61,6 +61,34 @@ async def test_log_is_complete_when_the_exit_is_told(maker, fake, tmp_path):
     assert set(lines[0]) == {"log", "stream", "time"}
 
 
+async def test_who_attaches_to_an_exec_before_its_start_gets_all_of_it(maker, fake):
+    shim = await shell(maker, fake, "exec sleep 1000")
+    await shim.call(
+        "Exec", shim.exec_request("e", ["/bin/echo", "hello"], stdout="theseus-stream:")
+    )
+    attaching = asyncio.create_task(shim.output(exec_id="e"))
+    await shim.state("e")  # a call that came after it
+    assert not attaching.done()
+    await shim.start("e")
+    assert await attaching == (b"hello\n", b"")
+
+
+@pytest.mark.parametrize("end", ["fails", "deleted"])
+async def test_who_waits_for_an_exec_that_never_runs_is_told(maker, fake, end):
+    shim = await shell(maker, fake, "exec sleep 1000")
+    request = shim.exec_request("e", ["/no/such"], stdout="theseus-stream:")
+    await shim.call("Exec", request)
+    attaching = asyncio.create_task(shim.output(exec_id="e"))
+    await shim.state("e")
+    if end == "deleted":
+        await shim.delete("e")
+    else:
+        with pytest.raises(errors.TheseusError):
+            await shim.start("e")
+    with pytest.raises(errors.FailedPrecondition, match="no streams to attach to"):
+        await attaching
+
+
 async def test_several_readers_and_late_ones_get_the_same(maker, fake, tmp_path):
     shim = await shell(
         maker, fake, "read x; seq 1 50000",

@@ -189,6 +189,7 @@ class FakeNode:
         self.calls = []
         self._faults = {}
         self._lost = {}
+        self.no_streams = ""
         self._blocked = {}
         self._server = None
         self.gate = None
@@ -241,6 +242,10 @@ class FakeNode:
         """Calls of a method wait for the event; `await node.called(method)` says one has come."""
         event = self._blocked[method] = asyncio.Event()
         return event
+
+    def refuse_streams(self, why):
+        """Attaching fails from now on."""
+        self.no_streams = why
 
     def gate_streams(self):
         """Attaching waits until the gate returned is open."""
@@ -538,6 +543,8 @@ class _Streams(streams_pb2_grpc.StreamsServicer):
     async def Attach(self, requests, context):
         first = await anext(requests)
         start = first.start
+        if self._node.no_streams:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._node.no_streams)
         if (gate := self._node.gate) is not None:
             gate.waiting += 1
             await gate.open.wait()

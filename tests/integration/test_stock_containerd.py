@@ -174,7 +174,10 @@ def run_words(*more):
 def test_a_foreground_container_has_its_output_and_exit_code(ctr):
     assert ctr(*run_words(), "c", "echo", "hello") == "hello\n"
     done = ctr.run(*run_words(), "c", "sh", "-c", "echo out; echo err >&2; exit 42")
-    assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 42)
+    said = [
+        line for line in done.stderr.splitlines() if "level=warning" not in line
+    ]  # containerd 2
+    assert (done.stdout, said, done.returncode) == ("out\n", ["err"], 42)
     assert ctr(*run_words("--env", "A=b", "--cwd", "/tmp"), "c", "sh", "-c", "echo $A; pwd") == (
         "b\n/tmp\n"
     )

@@ -29,12 +29,13 @@ from services.daemon.containers.runtime import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+    from typing import Any
 
     from services.daemon.containers.exec_store import ExecStore
     from services.daemon.containers.logs import Logs
     from services.daemon.containers.observer import Observer
-    from services.daemon.containers.record import ContainerRecord
+    from services.daemon.containers.record import ContainerRecord, ExecRecord
     from services.daemon.containers.runtime import Streams
     from services.daemon.containers.sessions import Opening, Sessions
     from services.daemon.containers.store import ContainerStore
@@ -128,38 +129,41 @@ class Attacher:
         if target.input and not record.config.open_stdin:
             raise FailedPrecondition("the exec session was not created with an open standard input")
         relay = _Relay(self._streams, _aimed(target, record.container_id), inputs, self._observer)
-        with self._sessions.attached(record.container_id, record.id):
+        with (
+            self._sessions.attached(record.container_id, record.id),
+            self._sessions.expecting(record.id) as opening,
+        ):
             async with relay:
-                if record.state is ExecState.CREATED:
+                early = record.state is ExecState.CREATED
+                if early:
                     yield relay.announce(Started(0, record.config.tty, 0))
-                    record = await self._execs.until(
-                        record.id, lambda now: now.state is not ExecState.CREATED
-                    )
+                    await _first(opening.made.wait(), self._exec_begun(record))
                 try:
                     async for output in relay.run():
                         yield output
+                    return
                 except (NotFound, FailedPrecondition):
-                    if self._execs.require(record.id).state is not ExecState.EXITED:
+                    # One that waited for the start is told that it failed before we are.
+                    present = await self._exec_begun(record)
+                    if present.state is not ExecState.EXITED and not early:
                         raise
+                if present.state is ExecState.EXITED:
                     for output in relay.end():
                         yield output
+                    return
+                async for output in relay.run():  # a later start went well
+                    yield output
+
+    async def _exec_begun(self, record: ExecRecord) -> ExecRecord:
+        return await self._execs.until(record.id, lambda now: now.state is not ExecState.CREATED)
 
     async def _task_made(self, record: ContainerRecord, opening: Opening) -> bool:
         """Wait until there is a task to couple with, or was; False when there never will be."""
-        started = asyncio.ensure_future(
-            self._store.until(
-                record.id,
-                lambda now: now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits,
-            )
+        started = self._store.until(
+            record.id,
+            lambda now: now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits,
         )
-        made = asyncio.ensure_future(opening.made.wait())
-        try:
-            await asyncio.wait((started, made), return_when=asyncio.FIRST_COMPLETED)
-            return made.done() or started.result() is not None
-        finally:
-            for task in (started, made):
-                task.cancel()
-            await asyncio.gather(started, made, return_exceptions=True)
+        return await _first(opening.made.wait(), started) is not None
 
     async def _rest(
         self, record: ContainerRecord, relay: _Relay
@@ -285,6 +289,18 @@ class _Relay:
     def _check_input(self) -> None:
         if self._reading.done() and not self._reading.cancelled():
             self._reading.result()
+
+
+async def _first(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> Any:
+    """The result of the one of two that ends first; the other is cancelled."""
+    tasks = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task.done()).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _aimed(target: AttachTarget, container_id: str) -> AttachTarget:

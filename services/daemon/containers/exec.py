@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -48,6 +49,7 @@ log = structlog.get_logger(__name__)
 _CANNOT_RUN = 126
 _FORGET_AFTER_S = 30.0
 _ATTACHED_LIMIT_S = 3600.0
+_PROCESSES_MAX = 32
 _PASSING = (Unavailable, DeadlineExceeded)
 
 
@@ -77,6 +79,7 @@ class Execs:
         self._background = background
         self._clock_ns = clock_ns
         self._attached: set[str] = set()
+        self._processes: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
 
     async def create(self, reference: str, config: ExecConfig) -> ExecId:
         """Prepare a process in a running container.
@@ -157,9 +160,9 @@ class Execs:
                 self.ended(record)
 
     async def _run(self, container: ContainerRecord, record: ExecRecord) -> int:
-        spec = await self._below.containers.spec(container.id)
+        init = await self._init_process(container)
         user = await self._user(container, record.config.user)
-        process = exec_process(spec, self._request(container, record.config, user))
+        process = exec_process(init, self._request(container, record.config, user))
         if record.config.tty and record.config.width and record.config.height:
             process["consoleSize"] = {
                 "width": record.config.width,
@@ -171,7 +174,20 @@ class Execs:
             )
         except AlreadyExists:  # an answer was lost, and the call made again
             log.debug("exec was there already", exec_id=record.id)
+        self._sessions.made(record.id)
         return await self._below.tasks.start(container.id, record.id)
+
+    async def _init_process(self, container: ContainerRecord) -> dict[str, Any]:
+        """The OCI process of init in the present run; of the last few containers it is known."""
+        key = (container.id, container.runs)
+        known = self._processes.get(key)
+        if known is None:
+            known = (await self._below.containers.spec(container.id))["process"]
+            while len(self._processes) >= _PROCESSES_MAX:
+                self._processes.popitem(last=False)
+        self._processes[key] = known
+        self._processes.move_to_end(key)
+        return known
 
     async def _user(self, container: ContainerRecord, user: str) -> ResolvedUser | None:
         if not user:

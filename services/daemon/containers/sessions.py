@@ -42,11 +42,16 @@ class Sessions:
             if not openings:
                 del self._openings[key]
 
-    async def task_made(self, key: str, *, timeout_s: float) -> None:
-        """Tell those who expect it that there is a task, and let them couple, for a while."""
+    def made(self, key: str) -> list[Opening]:
+        """Tell those who expect it that there is something to couple with; returns them."""
         openings = list(self._openings.get(key, ()))
         for opening in openings:
             opening.made.set()
+        return openings
+
+    async def couple(self, key: str, *, timeout_s: float) -> None:
+        """As :meth:`made`, and let them couple, for a while."""
+        openings = self.made(key)
         with suppress(TimeoutError):  # a session that hangs does not keep anything from starting
             async with asyncio.timeout(timeout_s):
                 for opening in openings:

@@ -208,7 +208,7 @@ class _Attempt:
         self.task_possible = True
         await below.tasks.create(record.id, rootfs=root, stdio=self._stdio(), runtime=program)
         below.trace("start:task")
-        await self._sessions.task_made(record.id, timeout_s=_COUPLING_TIMEOUT_S)
+        await self._sessions.couple(record.id, timeout_s=_COUPLING_TIMEOUT_S)
         pid = await below.tasks.start(record.id)
         below.trace("start:started")
         return pid

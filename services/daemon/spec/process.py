@@ -116,8 +116,8 @@ def process(
     }
 
 
-def exec_process(spec: dict[str, Any], request: ExecRequest) -> dict[str, Any]:
-    """The OCI process of a further process in the container whose configuration is ``spec``.
+def exec_process(init: dict[str, Any], request: ExecRequest) -> dict[str, Any]:
+    """The OCI process of a further process in the container whose own one is ``init``.
 
     Raises:
         InvalidArgument: no arguments, a bad variable, or a relative working directory.
@@ -126,7 +126,7 @@ def exec_process(spec: dict[str, Any], request: ExecRequest) -> dict[str, Any]:
         raise InvalidArgument("no exec command specified", field="command")
     validate_env(request.env)
     validate_working_dir(request.working_dir)
-    made: dict[str, Any] = copy.deepcopy(spec["process"])
+    made: dict[str, Any] = copy.deepcopy(init)
     made.pop("consoleSize", None)
     env = made["env"]
     if request.user is not None:

@@ -46,7 +46,7 @@ class StreamsService(streams_pb2_grpc.StreamsServicer):
             raise InvalidArgument("the first request of Attach must be a start")
         start = first.start
         process = self._tasks.container(start.container_id).process(start.exec_id)
-        attachment = _Attachment(process, start)
+        attachment = _Attachment(process, await process.streams(), start)
         try:
             async for response in attachment.run(request_iterator):
                 yield response
@@ -57,13 +57,9 @@ class StreamsService(streams_pb2_grpc.StreamsServicer):
 class _Attachment:
     """One attached client."""
 
-    def __init__(self, process: Process, start: streams_pb2.AttachStart) -> None:
-        if process.io is None:
-            raise FailedPrecondition(
-                f"process '{process.id}' is {process.status} and has no streams to attach to"
-            )
+    def __init__(self, process: Process, io: ProcessIo, start: streams_pb2.AttachStart) -> None:
         self._process = process
-        self._io: ProcessIo = process.io
+        self._io = io
         self._input = self._take_input() if start.input else None
         self._reader: OutputReader | None = None
         self._output: Output | None = self._io.output

@@ -367,7 +367,7 @@ def test_a_directory_of_devices_is_taken_whole() -> None:
 
 def test_exec_takes_the_containers_process() -> None:
     spec = build()
-    made = exec_process(spec, ExecRequest(("ls",), env=("A=exec", "B"), tty=True))
+    made = exec_process(spec["process"], ExecRequest(("ls",), env=("A=exec", "B"), tty=True))
     assert made["args"] == ["ls"]
     assert made["terminal"] is True
     assert made["cwd"] == "/"
@@ -387,12 +387,12 @@ def test_exec_as_another_user() -> None:
     request = ExecRequest(
         ("ls",), user=root, working_dir="/w", privileged_capabilities=("CAP_BPF",)
     )
-    made = exec_process(build(), request)
+    made = exec_process(build()["process"], request)
     assert made["user"] == {"uid": 0, "gid": 0, "additionalGids": [0]}
     assert "HOME=/root" in made["env"]
     assert made["cwd"] == "/w"
     assert made["capabilities"]["effective"] == ["CAP_BPF"]
-    kept = exec_process(build(), replace(request, home_configured=True))
+    kept = exec_process(build()["process"], replace(request, home_configured=True))
     assert "HOME=/var/www" in kept["env"]
 
 
@@ -402,7 +402,7 @@ def test_exec_as_another_user() -> None:
 )
 def test_bad_execs_are_refused(request_: ExecRequest) -> None:
     with pytest.raises(InvalidArgument):
-        exec_process(build(), request_)
+        exec_process(build()["process"], request_)
 
 
 def test_host_facts_are_those_of_this_machine() -> None:

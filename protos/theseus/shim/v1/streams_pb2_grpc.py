@@ -58,6 +58,9 @@ class StreamsServicer:
         where there is no log (theseus-stream:), the process waits for the reader, at most for the
         reconnect grace time once the reader is gone.
 
+        An exec process that was added and not started yet is waited for: its Started comes with its start,
+        or FAILED_PRECONDITION when that fails.
+
         The stream ends with OK after a Finished. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
         (offset past the end), FAILED_PRECONDITION (stdin wanted, and not attachable or taken; streams are not
         the shim's), INVALID_ARGUMENT, UNAVAILABLE (shim or containerd restarting: resume).

@@ -28,6 +28,9 @@ class StreamsStub:
     where there is no log (theseus-stream:), the process waits for the reader, at most for the
     reconnect grace time once the reader is gone.
 
+    An exec process that was added and not started yet is waited for: its Started comes with its start,
+    or FAILED_PRECONDITION when that fails.
+
     The stream ends with OK after a Finished. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
     (offset past the end), FAILED_PRECONDITION (stdin wanted, and not attachable or taken; streams are not
     the shim's), INVALID_ARGUMENT, UNAVAILABLE (shim or containerd restarting: resume).
@@ -52,6 +55,9 @@ class StreamsServicer(metaclass=_abc_1.ABCMeta):
         and misses nothing. A reader that is slow is served from the log and never holds up the process;
         where there is no log (theseus-stream:), the process waits for the reader, at most for the
         reconnect grace time once the reader is gone.
+
+        An exec process that was added and not started yet is waited for: its Started comes with its start,
+        or FAILED_PRECONDITION when that fails.
 
         The stream ends with OK after a Finished. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
         (offset past the end), FAILED_PRECONDITION (stdin wanted, and not attachable or taken; streams are not
