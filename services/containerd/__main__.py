@@ -22,6 +22,11 @@ NAME = "theseus-containerd"
 
 def main() -> int:
     """Run the program; returns its exit status."""
+    if sys.argv[1:2] == ["check"]:
+        # Imported late: the service has no need of it.
+        from services.containerd.check.program import main as check
+
+        return check(sys.argv[2:])
     return program.run(NAME, _run)
 
 

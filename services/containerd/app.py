@@ -1,10 +1,11 @@
 """Builds containerd: every object, and who gets which. Start reading here.
 
-Order of a start: the lock on the root, the database, what a crash left in the content store, the
-shims of the state directory, then the socket. From then on the API answers; what else has to be put
-right (snapshots' directories, garbage, shims that have not registered yet) happens behind it.
-A stop is the reverse: readers of events and shims are told to come back, calls under way get their
-time, the database is closed, the lock goes.
+Order of a start: the lock on the root, the database, a quick check if the run before it did not end
+by itself, what a crash left in the content store, the shims of the state directory, then the
+socket. From then on the API answers; what else has to be put right (snapshots' directories,
+garbage, shims that have not registered yet) happens behind it. A stop is the reverse: readers of
+events and shims are told to come back, calls under way get their time, the database is closed, the
+lock goes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
+from services.containerd.check.unclean import run_noted
 from services.containerd.clients.shim import ShimClient
 from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.clients.snapshots import SnapshotsClient
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_LOCAL_SNAPSHOTTERS = (OverlaySnapshotter, NativeSnapshotter)
 _JOURNAL_TRUNCATION_S = 600.0
 
 
@@ -154,7 +157,7 @@ class App:
         self._snapshotters: dict[str, RecordedSnapshotter] = {}
         self._plugged: dict[str, Plugged] = {}
         self._backends: list[SnapshotsClient] = []
-        for kind in (OverlaySnapshotter, NativeSnapshotter):
+        for kind in _LOCAL_SNAPSHOTTERS:
             local = kind(config.root, self._db, events=self._journal, leases=self._leases, ids=ids)
             self._snapshotters[local.name] = local
             self._plugged[local.name] = Plugged({"root": str(local.root)}, local.capabilities)
@@ -229,6 +232,10 @@ class App:
         self._journal.attach()
         epoch = await self._db.write(meta.next_epoch)
         self._metrics.epoch.set(epoch)
+        await self._leases.begin(epoch)
+        names = tuple(local.name for local in _LOCAL_SNAPSHOTTERS)
+        found = await stack.enter_async_context(run_noted(self._db, config.root, names))
+        self._metrics.start_damage.set(sum(finding.remains for finding in found))
         await self._content.reconcile()
         for backend in self._backends:
             stack.push_async_callback(backend.close)

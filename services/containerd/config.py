@@ -16,7 +16,7 @@ from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
+REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
 
 
@@ -68,7 +68,7 @@ class Config:
     max_archive_bytes: int = 64 << 30
     max_downloads: int = 6
     unpack_workers: int = 2
-    registry_hosts: tuple[Path, ...] = (_REGISTRY_HOSTS,)
+    registry_hosts: tuple[Path, ...] = (REGISTRY_HOSTS,)
     proxy_snapshotters: tuple[ProxySnapshotter, ...] = ()
 
 
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--unpack-workers", type=int, default=2, metavar="N", help="processes that unpack")
     add(
         "--registry-hosts",
-        default=str(_REGISTRY_HOSTS),
+        default=str(REGISTRY_HOSTS),
         metavar="DIR[:DIR]",
         help="has hosts.toml files, as containerd's config_path; default: %(default)s",
     )

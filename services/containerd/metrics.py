@@ -29,6 +29,11 @@ class ContainerdMetrics:
             "Number of starts on this root, this one included.",
             registry=registry,
         )
+        self.start_damage = Gauge(
+            "theseus_containerd_start_damage",
+            "What the check at the start found missing or changed; 0 after a clean stop.",
+            registry=registry,
+        )
         self.journal_seq = Gauge(
             "theseus_containerd_journal_seq",
             "Sequence number of the newest event.",

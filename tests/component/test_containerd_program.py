@@ -139,6 +139,7 @@ async def test_nothing_that_was_answered_is_lost_in_a_kill(directory: Path) -> N
         created = [entry for entry in entries if entry.topic == "/images/create"]
         assert len(created) == len(names)
         assert '"epoch": 2' in containerd.log
+        assert containerd.log.count("checked after an unclean stop") == 1
 
 
 @pytest.mark.root

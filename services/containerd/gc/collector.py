@@ -22,7 +22,7 @@ from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from services.common.database import Database
     from services.containerd.events.sink import EventSink
@@ -66,6 +66,7 @@ class Collector:
         lock: kept from those who put files in place.
         content: the content store.
         snapshotters: by name.
+        trace: called with the name of each step that a crash may follow, for tests.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class Collector:
         *,
         content: CollectedContent,
         snapshotters: Mapping[str, CollectedSnapshots],
+        trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._db = db
         self._events = events
         self._lock = lock
         self._content = content
         self._snapshotters = snapshotters
+        self._trace = trace
         self._one_at_a_time = asyncio.Lock()
         self._unclean: set[str] = set()  # snapshotters that have something to remove
 
@@ -94,12 +97,15 @@ class Collector:
             began = time.perf_counter()
             async with self._lock.exclusive():
                 removed = await self._db.write(self._sweep)
+                self._trace("swept")
                 freed_bytes = await self._content.release(
                     dict.fromkeys(node.id for node in removed if node.type == CONTENT)
                 )
+            self._trace("blobs collected")
             for node in removed:
                 if node.type == INGESTS:
                     await self._abort(node)
+            self._trace("ingests collected")
             self._unclean |= {
                 node.type.removeprefix(SNAPSHOTS_PREFIX)
                 for node in removed

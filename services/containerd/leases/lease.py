@@ -52,6 +52,9 @@ EXPIRE_LABEL = "containerd.io/gc.expire"
 FLAT_LABEL = "containerd.io/gc.flat"
 """A lease that has it keeps its resources, but not what these refer to."""
 
+EPOCH_LABEL = "theseus.io/epoch"
+"""On a lease that one call holds: which start of containerd the call belonged to."""
+
 current_lease: ContextVar[str] = ContextVar("current_lease", default="")
 """Id of the lease that new resources join; empty: none."""
 
@@ -91,8 +94,8 @@ class Leases(Protocol):
     ) -> AbstractAsyncContextManager[Lease]:
         """Make a lease, and ``current_lease`` of what runs inside; remove it at the end.
 
-        Inside a lease that is current already, that one is used and stays. A process that dies
-        leaves a lease that expires.
+        Inside a lease that is current already, that one is used and stays. What a process that dies
+        leaves is dropped by the next.
         """
 
     async def create(

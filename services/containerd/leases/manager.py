@@ -17,6 +17,7 @@ from services.containerd.content.labels import checked_labels
 from services.containerd.filters import map_field, parse
 from services.containerd.leases.lease import (
     CONTENT,
+    EPOCH_LABEL,
     EXPIRE_LABEL,
     IMAGES,
     INGESTS,
@@ -48,6 +49,25 @@ class LeaseManager:
     def __init__(self, db: Database, *, on_garbage: Callable[[], None]) -> None:
         self._db = db
         self._on_garbage = on_garbage
+        self._epoch = 0
+
+    async def begin(self, epoch: int) -> None:
+        """Count as held from now on what is held in this start of containerd.
+
+        What an earlier one held, that was killed, is dropped: nobody is there to end it.
+        """
+        self._epoch = epoch
+
+        def drop(tx: sqlite3.Connection) -> list[str]:
+            dropped = []
+            for row in rows.list_labelled(tx, EPOCH_LABEL):
+                if json.loads(row["labels"]).get(EPOCH_LABEL) not in (None, str(epoch)):
+                    rows.delete(tx, row["namespace"], row["id"])
+                    dropped.append(row["id"])
+            return dropped
+
+        if dropped := await self._db.write(drop):
+            log.info("leases of an earlier start dropped", leases=dropped)
 
     @asynccontextmanager
     async def hold(self, namespace: str, *, expires_s: float = 24 * 3600) -> AsyncIterator[Lease]:
@@ -57,7 +77,11 @@ class LeaseManager:
             return
         expires_at = datetime.fromtimestamp(time.time() + expires_s, UTC)
         lease = await self.create(
-            namespace, labels={EXPIRE_LABEL: expires_at.isoformat(timespec="seconds")}
+            namespace,
+            labels={
+                EXPIRE_LABEL: expires_at.isoformat(timespec="seconds"),
+                EPOCH_LABEL: str(self._epoch),
+            },
         )
         current_lease.set(lease.id)
         try:

@@ -102,6 +102,17 @@ def all_blobs(tx: sqlite3.Connection) -> list[tuple[str, bool]]:
     return [(row[0], bool(row[1])) for row in rows]
 
 
+def all_sizes(tx: sqlite3.Connection) -> dict[str, int]:
+    """The size of every blob by its digest."""
+    return dict(tx.execute("SELECT digest, size_bytes FROM blobs").fetchall())
+
+
+def all_labels(tx: sqlite3.Connection) -> list[tuple[str, str, dict[str, str]]]:
+    """Namespace, digest and labels of every blob in every namespace."""
+    rows = tx.execute("SELECT namespace, digest, labels FROM content ORDER BY namespace, digest")
+    return [(row[0], row[1], json.loads(row[2])) for row in rows]
+
+
 def get_ingest(tx: sqlite3.Connection, namespace: str, ref: str) -> sqlite3.Row | None:
     """The row of an ingest."""
     row: sqlite3.Row | None = tx.execute(

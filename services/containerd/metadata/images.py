@@ -59,3 +59,8 @@ def delete(tx: sqlite3.Connection, namespace: str, name: str) -> bool:
     """Forget an image; False if there is none of that name."""
     cursor = tx.execute("DELETE FROM images WHERE namespace = ? AND name = ?", (namespace, name))
     return cursor.rowcount == 1
+
+
+def all_targets(tx: sqlite3.Connection) -> list[sqlite3.Row]:
+    """``media_type``, ``digest`` and ``size_bytes`` of every image of every namespace."""
+    return tx.execute("SELECT DISTINCT media_type, digest, size_bytes FROM images").fetchall()

@@ -84,6 +84,13 @@ def list_all(tx: sqlite3.Connection, namespace: str) -> list[sqlite3.Row]:
     ).fetchall()
 
 
+def list_labelled(tx: sqlite3.Connection, label: str) -> list[sqlite3.Row]:
+    """Leases of all namespaces that may have a label: its name is in their text."""
+    return tx.execute(
+        "SELECT namespace, id, labels FROM leases WHERE instr(labels, ?)", (label,)
+    ).fetchall()
+
+
 def resources(tx: sqlite3.Connection, namespace: str, lease_id: str) -> list[sqlite3.Row]:
     """``type`` and ``id`` of what a lease keeps."""
     return tx.execute(

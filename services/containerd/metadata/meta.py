@@ -23,3 +23,15 @@ def setdefault(tx: sqlite3.Connection, key: str, value: str) -> str:
     tx.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
     row = tx.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return str(row[0])
+
+
+def begin_run(tx: sqlite3.Connection) -> bool:
+    """Note that a process works on this root; returns whether the one before it ended by itself."""
+    row = tx.execute("SELECT value FROM meta WHERE key = 'running'").fetchone()
+    tx.execute("INSERT OR REPLACE INTO meta VALUES ('running', '1')")
+    return row is None or row[0] == "0"
+
+
+def end_run(tx: sqlite3.Connection) -> None:
+    """Note that the process that works on this root ends by itself."""
+    tx.execute("INSERT OR REPLACE INTO meta VALUES ('running', '0')")

@@ -92,6 +92,23 @@ def list_all(tx: sqlite3.Connection, space: Space) -> list[SnapshotRow]:
     return [_from_row(row) for row in rows]
 
 
+def all_of(tx: sqlite3.Connection, snapshotter: str) -> list[SnapshotRow]:
+    """Every row of a snapshotter in all namespaces, a parent before its children."""
+    rows = tx.execute(
+        """
+        WITH RECURSIVE chain (id, depth) AS (
+            SELECT id, 0 FROM snapshots WHERE parent_id IS NULL
+            UNION ALL
+            SELECT s.id, chain.depth + 1 FROM snapshots AS s JOIN chain ON s.parent_id = chain.id
+        )
+        """
+        + _SELECT
+        + "JOIN chain ON chain.id = s.id WHERE s.snapshotter = ? ORDER BY chain.depth, s.id",
+        (snapshotter,),
+    )
+    return [_from_row(row) for row in rows]
+
+
 def kinds(tx: sqlite3.Connection, snapshotter: str) -> dict[int, int]:
     """Kind of every snapshot of a snapshotter, in all namespaces, by its id."""
     rows = tx.execute("SELECT id, kind FROM snapshots WHERE snapshotter = ?", (snapshotter,))

@@ -72,13 +72,18 @@ class DirectorySnapshotter(RecordedSnapshotter):
 
         Directories without a row stay until ``cleanup``.
         """
-        await asyncio.to_thread(self.root.mkdir, mode=0o700, parents=True, exist_ok=True)
+        present = await self.begin()
         recorded = await self._db.read(lambda tx: rows.kinds(tx, self.name))
+        for snapshot_id in sorted(recorded.keys() - present):
+            await self._remake(snapshot_id, recorded[snapshot_id])
+
+    async def begin(self) -> set[int]:
+        """Make new snapshots possible, and change nothing of others; returns whose files exist."""
+        await asyncio.to_thread(self.root.mkdir, mode=0o700, parents=True, exist_ok=True)
         highest = await self._db.read(rows.highest_id)
         present = {int(n) for n in await asyncio.to_thread(os.listdir, self.root) if n.isdigit()}
         self._ids.pass_by([highest, *present])
-        for snapshot_id in sorted(recorded.keys() - present):
-            await self._remake(snapshot_id, recorded[snapshot_id])
+        return present
 
     async def cleanup(self) -> None:
         """See :class:`Snapshotter`."""

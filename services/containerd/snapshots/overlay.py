@@ -28,10 +28,10 @@ class OverlaySnapshotter(DirectorySnapshotter):
 
     _options: tuple[str, ...] = ()
 
-    async def open(self) -> None:
-        """See :class:`RecordedSnapshotter`."""
+    async def begin(self) -> set[int]:
+        """See :class:`DirectorySnapshotter`."""
         self._options = await asyncio.to_thread(_overlay_options)
-        await super().open()
+        return await super().begin()
 
     def _fill(self, directory: Path, kind: Kind, parent: Path | None) -> None:
         """Nothing to do: the kernel shows the parents' files."""

@@ -48,6 +48,7 @@ class LayerUnpacker:
         applier: unpacks one layer.
         leases: keep snapshots that were there already from the collector.
         default: the snapshotter of requests that name none.
+        trace: called with the name of each step that a crash may follow, for tests.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class LayerUnpacker:
         leases: Leases,
         *,
         default: str,
+        trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._content = content
         self._snapshotters = snapshotters
         self._applier = applier
         self._leases = leases
         self._default = default
+        self._trace = trace
         self._locks: KeyedLock[tuple[str, str, str]] = KeyedLock()
 
     def check(self, snapshotter: str) -> str:
@@ -131,13 +134,16 @@ class LayerUnpacker:
         except AlreadyExists:  # by a client, or by a snapshotter that knows layers by itself
             return
         try:
+            self._trace("layer prepared")
             result = await self._applier.apply(namespace, layer.descriptor, mounts)
+            self._trace("layer applied")
             if result.digest != layer.diff_id:
                 raise DataLoss(
                     f"layer {layer.descriptor.digest} has the wrong content: its diff id is "
                     f"{result.digest}, the image's configuration says {layer.diff_id}"
                 )
             await target.commit(namespace, chain_id, key, labels)
+            self._trace("layer committed")
         except AlreadyExists:  # a client has unpacked the same layer meanwhile
             await self._abandon(namespace, target, key)
         except BaseException:

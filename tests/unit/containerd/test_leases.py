@@ -131,3 +131,18 @@ async def test_a_lease_that_is_held_ends_with_a_failure_too(meta: Metadata) -> N
 
 async def _current() -> str:
     return current_lease.get()
+
+
+async def test_what_a_killed_process_held_is_dropped_by_the_next(tmp_path: Path) -> None:
+    async with open_metadata(tmp_path) as meta:
+        await meta.leases.begin(1)
+        await meta.leases.create("a", "of a client", {EXPIRE_LABEL: "2999-01-01T00:00:00Z"})
+        async with meta.leases.hold("a") as held:
+            [recorded] = await meta.leases.find("a", [f"id=={held.id}"])
+        await meta.leases.create("b", "held", recorded.labels)  # as if it had not ended
+        await meta.leases.begin(1)
+        assert len(await meta.leases.find("b")) == 1
+    async with open_metadata(tmp_path) as meta:
+        await meta.leases.begin(2)
+        assert [lease.id for lease in await meta.leases.find("a")] == ["of a client"]
+        assert await meta.leases.find("b") == []
