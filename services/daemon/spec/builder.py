@@ -103,7 +103,11 @@ def _linux(request: SpecRequest, host: HostFacts, granted: tuple[str, ...]) -> d
         linux["rootfsPropagation"] = propagation
     if request.seccomp is not None and not request.privileged:
         linux["seccomp"] = seccomp.render(
-            request.seccomp, machine=host.machine, kernel=host.kernel, capabilities=granted
+            request.seccomp,
+            machine=host.machine,
+            kernel=host.kernel,
+            capabilities=granted,
+            x32=host.x32,
         )
     return linux
 

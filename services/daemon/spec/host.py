@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from services.daemon.spec.capabilities import names_of_mask
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _CPU_ROOT = Path("/sys/devices/system/cpu")
+_X32_OPTIONS = ("CONFIG_X86_X32_ABI", "CONFIG_X86_X32")  # since Linux 5.18, and before
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class HostFacts:
         unified_cgroups: only cgroup version 2 is mounted.
         swap_limit: swap can be limited together with memory.
         thermal_paths: directories that tell load of other tenants, to be masked.
+        x32: programs for x86_64 with short pointers may run; true where it cannot be known.
     """
 
     machine: str
@@ -34,6 +37,7 @@ class HostFacts:
     unified_cgroups: bool
     swap_limit: bool
     thermal_paths: tuple[str, ...]
+    x32: bool = True
 
     @classmethod
     def read(cls) -> HostFacts:
@@ -49,6 +53,7 @@ class HostFacts:
             thermal_paths=tuple(
                 str(path) for path in sorted(_CPU_ROOT.glob("cpu[0-9]*/thermal_throttle"))
             ),
+            x32=may_run_x32(os.uname().release),
         )
 
 
@@ -56,6 +61,24 @@ def kernel_version(release: str) -> tuple[int, int]:
     """The first two numbers of a kernel release: ``6.1.0-18-amd64`` is (6, 1)."""
     match = re.match(r"(\d+)\.(\d+)", release)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def may_run_x32(release: str, root: Path = Path("/")) -> bool:
+    """Whether the kernel has the x32 ABI; true where its configuration cannot be read. Blocks.
+
+    Args:
+        release: of the kernel, as ``uname -r``.
+        root: where its configuration is looked for.
+    """
+    try:
+        with gzip.open(root / "proc/config.gz", "rt") as file:
+            configuration = file.read()
+    except OSError:
+        try:
+            configuration = (root / f"boot/config-{release}").read_text()
+        except OSError:
+            return True
+    return any(f"\n{name}=y\n" in configuration for name in _X32_OPTIONS)
 
 
 def _bounding_mask() -> int:

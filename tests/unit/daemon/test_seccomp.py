@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from services.common.errors import InvalidArgument
 from services.daemon.spec.capabilities import DEFAULTS, NAMES
+from services.daemon.spec.host import may_run_x32
 from services.daemon.spec.seccomp import Condition, Profile, Rule, parse_profile, render
 from services.daemon.spec.seccomp_default import DEFAULT_PROFILE
 from services.daemon.spec.security import SecurityOptions, parse_security_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KERNEL = (6, 1)
 
@@ -28,6 +35,29 @@ def test_what_is_not_named_is_refused() -> None:
     assert seccomp["defaultAction"] == "SCMP_ACT_ERRNO"
     assert seccomp["defaultErrnoRet"] == 1
     assert seccomp["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]
+
+
+def test_an_abi_that_the_kernel_has_not_is_left_out() -> None:
+    native = render(DEFAULT_PROFILE, machine="x86_64", kernel=KERNEL, capabilities=(), x32=False)
+    assert native["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
+    named = replace(DEFAULT_PROFILE, architectures=("SCMP_ARCH_X32",))
+    kept = render(named, machine="x86_64", kernel=KERNEL, capabilities=(), x32=False)
+    assert kept["architectures"] == ["SCMP_ARCH_X32"]
+
+
+def test_whether_the_kernel_has_x32_is_read_from_its_configuration(tmp_path: Path) -> None:
+    assert may_run_x32("6.1", tmp_path)
+    (tmp_path / "boot").mkdir()
+    for text, expected in (
+        ("\nCONFIG_X86_X32_ABI=y\n", True),
+        ("\nCONFIG_X86_X32=y\n", True),
+        ("\n# CONFIG_X86_X32_ABI is not set\nCONFIG_X86_X32_DISABLED=y\n", False),
+    ):
+        (tmp_path / "boot/config-6.1").write_text(text)
+        assert may_run_x32("6.1", tmp_path) is expected
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/config.gz").write_bytes(gzip.compress(b"\nCONFIG_X86_X32_ABI=y\n"))
+    assert may_run_x32("6.1", tmp_path)
 
 
 def test_default_container() -> None:
