@@ -59,6 +59,12 @@ class Service:
     descriptor: ServiceDescriptor
 
 
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
 CallLabels = tuple[str, str, str]
 """Kind of a call (``unary``, ``bidi_stream`` and so on), service, method."""
 
@@ -114,11 +120,7 @@ class RpcServer:
         """Bind and serve; every service reports SERVING."""
         self._server = self._make_server(
             interceptors=[_Interceptor(self._metrics), *self._interceptors],
-            options=[
-                ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-                ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-                ("grpc.so_reuseport", 0),
-            ],
+            options=SERVER_OPTIONS,
         )
         names = [service.descriptor.full_name for service in self._services]
         for service in self._services:

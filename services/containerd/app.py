@@ -270,6 +270,8 @@ class App:
                 default_runtime=config.default_runtime,
                 log_level=config.log_level,
                 keeper=keeper.path,
+                places=config.state / "w",
+                waiting=config.waiting_shims,
             )
         )
         shims = await stack.enter_async_context(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
+_WAITING_SHIMS_MAX = 64
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
 
 
@@ -45,6 +46,7 @@ class Config:
         max_archive_bytes: the largest archive that is imported.
         max_downloads: blobs that are fetched at once, in all; also those that are sent.
         unpack_workers: processes that unpack layers.
+        waiting_shims: shims that wait ready for a container; some 4 MiB each.
         registry_hosts: directories with a hosts.toml, or certificates, for each registry.
         proxy_snapshotters: snapshotters that other services are.
     """
@@ -68,6 +70,7 @@ class Config:
     max_archive_bytes: int = 64 << 30
     max_downloads: int = 6
     unpack_workers: int = 2
+    waiting_shims: int = 2
     registry_hosts: tuple[Path, ...] = (REGISTRY_HOSTS,)
     proxy_snapshotters: tuple[ProxySnapshotter, ...] = ()
 
@@ -96,6 +99,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     ):
         if getattr(given, name) < 1:
             raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", field=name)
+    if not 0 <= given.waiting_shims <= _WAITING_SHIMS_MAX:
+        raise InvalidArgument(
+            f"--waiting-shims must be between 0 and {_WAITING_SHIMS_MAX}", field="waiting_shims"
+        )
     return Config(
         root=given.root.absolute(),
         state=state,
@@ -116,6 +123,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         max_archive_bytes=given.max_archive_bytes,
         max_downloads=given.max_downloads,
         unpack_workers=given.unpack_workers,
+        waiting_shims=given.waiting_shims,
         proxy_snapshotters=read_proxy_plugins(given.config) if given.config else (),
         registry_hosts=tuple(Path(part) for part in given.registry_hosts.split(":") if part),
     )
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-address", default="", metavar="unix:PATH|HOST:PORT")
     add("--log-level", choices=log.LEVELS, default="info")
     add("--shim", default="", metavar="PROGRAM", help="default: theseus-shim beside Python")
+    add("--waiting-shims", type=int, default=2, metavar="N", help="kept ready; 4 MiB each")
     add("--default-runtime", default="runc", metavar="NAME")
     add("--snapshotter", default="overlayfs", metavar="NAME")
     add("--config", type=Path, metavar="FILE", help="config.toml: its [proxy_plugins] are used")

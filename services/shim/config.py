@@ -6,6 +6,7 @@ is read from a configuration file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,11 @@ class ShimConfig:
             for key, value in values.items()
             if value is not None
         }
+
+
+def waiting_name() -> str:
+    """Name of this process' socket while it waits to be told which shim it is."""
+    return f"waiting-{os.getpid()}"
 
 
 _PATHS = frozenset({"bundle", "socket", "registry", "keeper"})

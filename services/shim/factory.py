@@ -9,8 +9,9 @@ Between two forks it does as little as can be, for what it writes to between the
 shared with the shims that exist: it accepts a connection and forks. The child reads the request.
 
 Protocol: SOCK_SEQPACKET; one JSON request per connection, one JSON reply, which the shim itself
-sends once it serves, on the connection that it inherited. The factory ends when its standard input,
-a pipe from containerd, is closed.
+sends once it serves, on the connection that it inherited. A request ``{"wait_in": DIRECTORY}`` is
+answered by a process that then waits for the real one (``prepared.py``). The factory ends when its
+standard input, a pipe from containerd, is closed.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 
 from services.common import VERSION, linux, tracing
 from services.common import log as logs
+from services.common.client import connect
 from services.common.errors import TheseusError
 from services.common.server import socket_group
 from services.shim import packing, shim_cgroup
-from services.shim.app import Shim
+from services.shim.app import GRPC, Shim, Transport
 from services.shim.config import ShimConfig
 from services.shim.metrics import ShimMetrics
+from services.shim.prepared import PreparedServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from services.shim.reexec import Successor
 
@@ -137,6 +140,10 @@ def read_request(data: bytes) -> ShimConfig:
     Raises:
         TheseusError: it is not one.
     """
+    return ShimConfig.from_request(_parse(data))
+
+
+def _parse(data: bytes) -> dict[str, object]:
     if len(data) > REQUEST_MAX_BYTES:
         raise TheseusError(f"the request is larger than {REQUEST_MAX_BYTES} bytes")
     try:
@@ -145,7 +152,17 @@ def read_request(data: bytes) -> ShimConfig:
         raise TheseusError("the request is not valid JSON") from error
     if not isinstance(request, dict):
         raise TheseusError("the request is not a JSON object")
-    return ShimConfig.from_request(request)
+    return request
+
+
+def _waiting_place(data: bytes) -> Path | None:
+    """Directory of sockets, where the request is to wait for another one."""
+    directory = _parse(data).get("wait_in")
+    if directory is None:
+        return None
+    if not isinstance(directory, str) or not directory.startswith("/"):
+        raise TheseusError("'wait_in' must be an absolute path")
+    return Path(directory)
 
 
 def reply(connection: socket.socket, answer: dict[str, object]) -> None:
@@ -161,7 +178,9 @@ def run_child(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
     try:
         connection.settimeout(_REQUEST_LIMIT_S)
         data = connection.recv(REQUEST_MAX_BYTES + 1)
-        if data:
+        if data and (directory := _waiting_place(data)) is not None:
+            asyncio.run(_wait_and_run(connection, metrics, directory))
+        elif data:
             config = read_request(data)
             _detach(config)
             asyncio.run(
@@ -184,11 +203,36 @@ def run_child(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
         os._exit(status)
 
 
+async def _wait_and_run(connection: socket.socket, metrics: ShimMetrics, directory: Path) -> None:
+    """Become a shim that waits, and then the one that the next request asks for, if one comes."""
+    server = PreparedServer(directory)
+    try:
+        await server.listen()
+        linux.set_process_name("theseus-waiting")
+        connection.setblocking(False)
+        reply(connection, {"waiting": os.getpid()})
+        data = await asyncio.get_running_loop().sock_recv(connection, REQUEST_MAX_BYTES + 1)
+        if not data:  # nobody wants it any more
+            return
+        config = read_request(data)
+        _detach(config)
+        await run_shim(
+            config,
+            metrics,
+            lambda answer: _answer_and_close(connection, answer),
+            transport=Transport(server.make, connect),
+        )
+    finally:
+        await server.discard()
+
+
 async def run_shim(
     config: ShimConfig,
     metrics: ShimMetrics,
     serving: Callable[[dict[str, object]], None],
     successor: Successor | None = None,
+    *,
+    transport: Transport = GRPC,
 ) -> None:
     """Run a shim in this process, or go on with one as its ``successor``."""
     logs.configure("shim", config.log_level)
@@ -197,7 +241,7 @@ async def run_shim(
     if config.request_id and successor is None:
         log.info("shim starts", request_id=config.request_id)
     try:
-        await Shim(config, metrics, successor).run(serving)
+        await Shim(config, metrics, successor, transport=transport).run(serving)
     finally:
         if tracing.requested():
             await asyncio.to_thread(tracing.flush)

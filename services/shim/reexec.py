@@ -34,6 +34,7 @@ import structlog
 from services.common import VERSION, linux, tracing
 from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.shim import handover
+from services.shim.config import waiting_name
 from services.shim.runtimes import invocation
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def execute(
 
 
 def find_listener(path: Path) -> int:
-    """Descriptor of this process' socket that listens at ``path``, or was bound as ``path``.new.
+    """Descriptor of this process' socket that listens at ``path``, whatever it was bound as.
 
     Returns:
         -1 when there is none.
@@ -227,7 +228,8 @@ def find_listener(path: Path) -> int:
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as duplicate:
                 listens = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if listens and duplicate.getsockname() in names:
+                name = duplicate.getsockname()
+                if listens and (name in names or Path(name).name == waiting_name()):
                     return int(entry.name)
     return -1
 

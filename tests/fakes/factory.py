@@ -99,6 +99,14 @@ def main() -> None:
 
 def _answer(connection: socket.socket, path: Path) -> None:
     request = json.loads(connection.recv(65536))
+    if "wait_in" in request:
+        if os.fork():
+            connection.close()
+            return
+        connection.send(json.dumps({"waiting": os.getpid()}).encode())
+        if data := connection.recv(65536):
+            _child(connection, json.loads(data) | {"waited": "yes"})
+        os._exit(0)
     killed = path.with_name("killed")
     if request["id"] == "kills-factory" and not killed.exists():
         killed.touch()
@@ -114,7 +122,7 @@ def _child(connection: socket.socket, request: dict[str, str]) -> None:
     match request["id"]:
         case "refused":
             connection.send(json.dumps({"error": "the bundle is on fire"}).encode())
-        case "dies":
+        case "dies" | "dies-once" if request["id"] == "dies" or "waited" in request:
             (Path(request["bundle"]) / "shim.log").write_text("first\nit broke: reasons\n")
         case "garbage":
             connection.send(b"[]")

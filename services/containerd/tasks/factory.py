@@ -25,6 +25,7 @@ from services.common.errors import DeadlineExceeded, Internal, Unavailable
 from services.common.log import request_id
 from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import ShimAddress
+from services.containerd.tasks.waiting import WaitingShims
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class FactoryClient:
         default_runtime: OCI runtime of containers that name none.
         log_level: of the shims.
         keeper: where the keeper of descriptors listens, for shims; None for none.
+        places: directory of the sockets of shims that wait; None: that of ``socket``.
+        waiting: how many shims wait ready.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class FactoryClient:
         default_runtime: str = "runc",
         log_level: str = "info",
         keeper: Path | None = None,
+        places: Path | None = None,
+        waiting: int = 0,
     ) -> None:
         self._keeper = keeper
         self._program = (*program, "factory", "--socket", str(socket))
@@ -93,9 +98,11 @@ class FactoryClient:
         self._background = Background()
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
+        self.waiting = WaitingShims(factory=socket, places=places or socket.parent, number=waiting)
 
     async def __aenter__(self) -> Self:
         self._background.start(self._supervise(), name="shim factory")
+        self._background.start(self.waiting.run(), name="waiting shims")
         return self
 
     async def __aexit__(
@@ -126,13 +133,26 @@ class FactoryClient:
         try:
             with tracing.span("shim from the factory"):
                 async with asyncio.timeout(timeout_s):
-                    reply = await self._ask(message)
+                    reply = await self._ask_one_that_waits(message) or await self._ask(message)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"no shim for '{request.id}' within {timeout_s:g} s: see {request.bundle}/shim.log "
                 "and the log of the shim factory"
             ) from None
         return await asyncio.to_thread(_parse_reply, reply, request)
+
+    async def _ask_one_that_waits(self, message: bytes) -> bytes | None:
+        """The answer of a shim that waits ready; None where none has taken the request."""
+        loop = asyncio.get_running_loop()
+        while (connection := self.waiting.take()) is not None:
+            with connection:
+                try:
+                    await loop.sock_sendall(connection, message)
+                    return await loop.sock_recv(connection, _REPLY_MAX_BYTES)
+                except ConnectionError as error:
+                    # It ended before it read the request, or the kernel would not say so.
+                    log.info("waiting shim is gone", error=error.strerror)
+        return None
 
     async def _ask(self, message: bytes) -> bytes:
         """One request; again while there is no factory to take it, or it died over it."""

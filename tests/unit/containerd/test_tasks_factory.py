@@ -15,7 +15,8 @@ import pytest
 from services.common.errors import DeadlineExceeded, Unavailable
 from services.common.log import request_id
 from services.containerd.tasks.factory import FactoryClient, ShimStartFailed
-from services.containerd.tasks.shim import ShimRequest
+from services.containerd.tasks.shim import ShimAddress, ShimRequest
+from tests.fakes.eventually import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -124,3 +125,82 @@ async def test_a_program_that_is_not_there_is_an_error_within_the_deadline(tmp_p
     ) as client:
         with pytest.raises(DeadlineExceeded, match="no shim for 'c1'"):
             await client.start_shim(request(tmp_path, "c1"), timeout_s=0.1)
+
+
+@pytest.fixture
+async def waiting(tmp_path: Path) -> AsyncIterator[FactoryClient]:
+    client = FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=2
+    )
+    async with client:
+        await ready(client, 2)
+        yield client
+
+
+async def ready(client: FactoryClient, number: int) -> None:
+    await eventually(lambda: len(client.waiting) == number)
+
+
+def has_waited(address: ShimAddress) -> bool:
+    return "waited" in json.loads(address.version)
+
+
+def connected(client: FactoryClient) -> list[int]:
+    """Pids of the shims that wait, as their connections tell."""
+    return [pid for _, pid in client.waiting._ready]
+
+
+async def test_shims_that_wait_are_taken_and_replaced(
+    waiting: FactoryClient, tmp_path: Path
+) -> None:
+    found = [await waiting.start_shim(request(tmp_path, f"c{number}")) for number in range(2)]
+    assert [has_waited(address) for address in found] == [True, True]
+    assert len({address.process.pid for address in found}) == 2
+    await ready(waiting, 2)
+    assert has_waited(await waiting.start_shim(request(tmp_path, "c9")))
+
+
+async def test_more_than_wait_are_made_as_ever(waiting: FactoryClient, tmp_path: Path) -> None:
+    found = await asyncio.gather(
+        *(waiting.start_shim(request(tmp_path, f"c{number}")) for number in range(8))
+    )
+    assert sum(map(has_waited, found)) >= 2
+    assert len({address.process.pid for address in found}) == 8
+
+
+async def test_one_that_was_killed_while_it_waited_is_passed_over(
+    waiting: FactoryClient, tmp_path: Path
+) -> None:
+    for pid in connected(waiting):
+        os.kill(pid, signal.SIGKILL)
+    address = await waiting.start_shim(request(tmp_path, "c1"))
+    assert address.address == f"unix://{tmp_path}/shim.sock"
+    await ready(waiting, 2)
+
+
+async def test_one_that_dies_over_a_request_is_not_the_last_word(
+    waiting: FactoryClient, tmp_path: Path
+) -> None:
+    assert not has_waited(await waiting.start_shim(request(tmp_path, "dies-once")))
+
+
+async def test_those_that_wait_go_with_their_client(tmp_path: Path) -> None:
+    async with FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1
+    ) as client:
+        await ready(client, 1)
+        (pid,) = connected(client)
+    await eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+async def test_sockets_of_those_that_were_killed_are_cleared_away(tmp_path: Path) -> None:
+    dead, alive = tmp_path / "waiting-4194304", tmp_path / f"waiting-{os.getpid()}"
+    for path in (dead, alive, tmp_path / "0123"):
+        path.touch()
+    async with FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1
+    ) as client:
+        await ready(client, 1)
+    assert not dead.exists()
+    assert alive.exists()
+    assert (tmp_path / "0123").exists()
