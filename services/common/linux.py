@@ -1,9 +1,9 @@
 """Calls to the kernel that Python has no binding for: constants, argument types, one errno helper.
 
 Each function wraps one call faithfully and holds no policy. Constants are named as in the headers.
-Man pages: mount(2), umount2(2), prctl(2), openat2(2), syncfs(2), setns(2), unshare(2), inotify(7),
-pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2), open_tree(2),
-mount_setattr(2), clone(2).
+Man pages: mount(2), umount2(2), prctl(2), madvise(2), openat2(2), syncfs(2), setns(2), unshare(2),
+inotify(7), pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2),
+open_tree(2), mount_setattr(2), clone(2).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+MADV_MERGEABLE = 12
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
@@ -127,6 +128,7 @@ _libc.inotify_init1.argtypes = [ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
 _libc.inotify_rm_watch.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.malloc.argtypes = [ctypes.c_size_t]
 _libc.malloc.restype = ctypes.c_void_p
@@ -307,6 +309,11 @@ def mallopt(parameter: int, value: int) -> None:
 def malloc(size: int) -> int:
     """Address of ``size`` bytes of the C library's heap (malloc(3)), never freed."""
     return _libc.malloc(size) or 0
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    """Say how a range of this process' memory is to be treated (madvise(2))."""
+    _check(_libc.madvise(address, length, advice), "madvise")
 
 
 def set_parent_death_signal(signum: int) -> None:

@@ -78,6 +78,7 @@ from services.containerd.tasks.factory import FactoryClient
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
 from services.containerd.tasks.journal import TaskJournal
 from services.containerd.tasks.manager import OUR_RUNTIMES, TaskManager
+from services.containerd.tasks.merging import MemoryMerger
 from services.containerd.tasks.metrics import TaskMetrics
 from services.containerd.tasks.shims import Identity, ShimManager
 from services.containerd.tasks.undertaker import Undertaker
@@ -274,6 +275,9 @@ class App:
                 waiting=config.waiting_shims,
             )
         )
+        merger = await stack.enter_async_context(
+            MemoryMerger(config.state / "ksm.json", allowed=config.merge_memory)
+        )
         shims = await stack.enter_async_context(
             ShimManager(
                 bundles=bundles,
@@ -285,6 +289,7 @@ class App:
                 grace_s=config.shim_grace_s,
                 launcher=factory,
                 containers_per_shim=config.containers_per_shim,
+                met=merger.request,
             )
         )
         tasks = TaskManager(

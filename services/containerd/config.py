@@ -37,6 +37,7 @@ class Config:
         shim_grace_s: how long a shim may take to register after a start of containerd.
         containers_per_shim: how many containers of a namespace one shim serves; those of a pod
             share one in any case.
+        merge_memory: whether the kernel merges what shims' memory has in common.
         lock_timeout_s: how long to wait for another containerd to leave the root.
         drain_s: how long calls under way may take once a stop was asked for.
         gc_delay_s: time between a deletion and the collection of what it left.
@@ -61,6 +62,7 @@ class Config:
     snapshotter: str = "overlayfs"
     shim_grace_s: float = 10.0
     containers_per_shim: int = 1
+    merge_memory: bool = True
     lock_timeout_s: float = 30.0
     drain_s: float = 5.0
     gc_delay_s: float = 0.1
@@ -114,6 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         snapshotter=given.snapshotter,
         shim_grace_s=given.grace_time,
         containers_per_shim=given.containers_per_shim,
+        merge_memory=given.merge_memory == "on",
         lock_timeout_s=given.lock_timeout,
         drain_s=given.drain_time,
         gc_delay_s=given.gc_delay,
@@ -157,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="config.toml: its [proxy_plugins] are used")
     add("--grace-time", type=float, default=10.0, metavar="S", help="for shims to register")
     add("--containers-per-shim", type=int, default=1, metavar="N", help="pods share one anyway")
+    add("--merge-memory", choices=("on", "off"), default="on", help="of shims, by the kernel's KSM")
     add("--lock-timeout", type=float, default=30.0, metavar="S", help="for the root to be free")
     add("--drain-time", type=float, default=5.0, metavar="S", help="for calls under way at a stop")
     add("--gc-delay", type=float, default=0.1, metavar="S", help="from deletion to collection")

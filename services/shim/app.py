@@ -30,7 +30,7 @@ from services.common import VERSION, linux
 from services.common.background import Background
 from services.common.client import connect
 from services.common.server import RpcServer, Service
-from services.shim import handover
+from services.shim import handover, packing
 from services.shim.clients.events import timestamp
 from services.shim.clients.registry import PROTOCOL
 from services.shim.config import ShimConfig
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 2.0
+_SETTLED_S = 2.0  # most containers that live as long are idle then
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -130,6 +131,7 @@ class Shim:
             log.info("shim serves", socket=str(self._config.socket), version=VERSION)
             for member in self._members:
                 member.register()
+            loop.call_later(_SETTLED_S, packing.offer_to_merge)
             await self._end()
             await self._tasks.finish()
             await self._server.stop(_STOP_GRACE_S)

@@ -8,9 +8,11 @@ frozen, so that no collection touches it. Threads share one heap of the C librar
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 import threading
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Self
 
@@ -116,6 +118,29 @@ def pack() -> None:
     fill()
     gc.collect()
     gc.freeze()
+
+
+def offer_to_merge() -> None:
+    """Allow the kernel to keep what this process' memory has in common with others' once only.
+
+    That is for KSM (ksm.rst of the kernel's administration guide), which containerd lets run for a
+    while when shims have been started. By ranges, and not for the process as a whole
+    (PR_SET_MEMORY_MERGE): a container would inherit that.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        words = line.split(maxsplit=5)
+        name = words[5] if len(words) > 5 else ""
+        if words[1] != "rw-p" or name.startswith(("[stack", "[v")):
+            continue
+        start, _, end = words[0].partition("-")
+        address = int(start, 16)
+        try:
+            linux.madvise(address, int(end, 16) - address, linux.MADV_MERGEABLE)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the kernel has no KSM
+                return
+            if error.errno != errno.ENOMEM:  # unmapped since; or no memory for its bookkeeping
+                raise
 
 
 def fill() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.runtime import install
 from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
@@ -60,6 +61,18 @@ def own_kib(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
+def ksm_stat(pid: int) -> str:
+    """What the kernel says of a process' memory that may be merged."""
+    return Path(f"/proc/{pid}/ksm_stat").read_text()
+
+
+async def mergeable(pid: int) -> bool:
+    """True once a process has offered its memory; where the kernel does not tell, at once."""
+    if "ksm_mergeable" in ksm_stat(pid):
+        await eventually(lambda: "ksm_mergeable: yes" in ksm_stat(pid))
+    return True
+
+
 async def test_idle_shim_has_little_memory_of_its_own(tmp_path):
     factory = FactoryProcess(tmp_path)
     fake = install(tmp_path / "fake")
@@ -75,6 +88,8 @@ async def test_idle_shim_has_little_memory_of_its_own(tmp_path):
             await shim.start()
             shims.append(shim)
         await registry.wait_for(lambda r: len(r.of("/tasks/start")) == 3)
+        assert all([await mergeable(shim.pid) for shim in shims])
+        assert "ksm_mergeable: yes" not in ksm_stat((await shims[0].state()).pid)
         assert max(own_kib(shim.pid) for shim in shims) < OWN_MAX_KIB
         await registry.stop()
     assert factory.stop() == 0

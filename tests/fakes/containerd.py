@@ -78,7 +78,7 @@ class ContainerdProcess:
 
     def arguments(self) -> list[str]:
         return [
-            *(sys.executable, "-m", "services.containerd"),
+            *(sys.executable, "-m", "services.containerd", "--merge-memory=off"),
             *("--root", str(self.directory / "root")),
             *("--state", str(self.directory / "s")),
             *("--address", str(self.address)),

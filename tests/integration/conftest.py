@@ -66,6 +66,7 @@ def whole_engine(home, registry_address, busybox):
     image.push(busybox, registry_address, "busybox", "latest")
     before = leaks.taken()
     options = ["--bridge-name", BRIDGE, "--bridge-subnet", f"{GATEWAY}/16", "--log-level", "debug"]
+    options.append("--containerd-option=--merge-memory=off")  # the kernel's switch is the host's
     try:
         with engines.running(home, options) as engine:
             theseus = Theseus(engine, registry_address)

@@ -27,10 +27,10 @@ def traced(collector, registry_address, whole_engine):
     """An engine of its own: the image is in the registry that the other one uses."""
     home = Path(tempfile.mkdtemp(prefix="theseus-o-", dir="/tmp"))
     try:
-        with engines.running(
-            home, ["--bridge-name", "totel0", "--bridge-subnet", "10.98.0.1/16"]
-        ) as e:
-            yield Theseus(e, registry_address)
+        options = ["--bridge-name", "ttrace0", "--bridge-subnet", "10.98.0.1/16"]
+        options.append("--containerd-option=--merge-memory=off")
+        with engines.running(home, options) as engine:
+            yield Theseus(engine, registry_address)
     finally:
         shutil.rmtree(home)
 

@@ -36,7 +36,7 @@ from services.containerd.tasks.shim import ShimRequest, TaskNotFound
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from services.containerd.tasks.bundle import Bundles, ShimRecord
@@ -74,6 +74,7 @@ class ShimManager:
         grace_s: how long a shim has to register.
         launcher: starts successors of shims that died; None: they have none.
         containers_per_shim: how many containers without a group one process serves.
+        met: called when a shim serves that was asked for.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class ShimManager:
         grace_s: float = 5.0,
         launcher: ShimLauncher | None = None,
         containers_per_shim: int = 1,
+        met: Callable[[], None] = lambda: None,
     ) -> None:
+        self._met = met
         self._launcher = launcher
         self._bundles = bundles
         self._journal = journal
@@ -312,6 +315,7 @@ class ShimManager:
 
     def _meet(self, known: KnownShim, address: ShimAddress) -> None:
         self._keeper.meet(known, address.process, address.address, address.version)
+        self._met()
 
     async def _replace(self, known: KnownShim) -> ShimAddress:
         assert self._launcher is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from tools.bench.case import Case
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
     from tools.bench.bench import Bench
     from tools.bench.engines.engine import Engine
 
+Tiers = dict[str, tuple[int, float]]
+
+_LOOK_S = 1.0
+_LESS = 0.98
+_STEADY_S = 8.0
+_SETTLING_MAX_S = 60.0
 AXIS = "idle containers"
 SERVERS = ("daemon", "containerd")
 
@@ -29,11 +37,26 @@ async def _measure(bench: Bench) -> None:
                 for size in bench.scale.crowds:
                     await ships.grow(size)
                     await ships.check()
-                    _weigh(bench, engine, size)
+                    _weigh(bench, engine, size, await _settled(engine))
 
 
-def _weigh(bench: Bench, engine: Engine, size: int) -> None:
-    tiers = pss_by_tier(engine)
+async def _settled(engine: Engine) -> Tiers:
+    """Memory by tier, once it has not become less for a while, or after a minute."""
+    lowest = tiers = pss_by_tier(engine)
+    since = began = time.monotonic()
+    while time.monotonic() - since < _STEADY_S and time.monotonic() - began < _SETTLING_MAX_S:
+        await asyncio.sleep(_LOOK_S)
+        tiers = pss_by_tier(engine)
+        if _sum(tiers) < _sum(lowest) * _LESS:
+            lowest, since = tiers, time.monotonic()
+    return tiers
+
+
+def _sum(tiers: Tiers) -> float:
+    return sum(mib for _, mib in tiers.values())
+
+
+def _weigh(bench: Bench, engine: Engine, size: int, tiers: Tiers) -> None:
     for tier in SERVERS:
         if tier in tiers:
             bench.figures.add(
@@ -55,6 +78,7 @@ MEMORY = Case(
     "Memory",
     "Proportional set size (PSS) of an engine's own processes: what they share with one another "
     "is divided between them. Processes in containers do not count. containerd includes its "
-    "helpers (shim factory, unpackers). One sample each.",
+    "helpers (shim factory, unpackers). One sample each, taken when an engine's memory has not "
+    "become less for 8 s: Theseus has the kernel merge equal pages of its shims (KSM).",
     _measure,
 )
