@@ -26,8 +26,9 @@ from services.common.metrics import MetricsEndpoint, ServerMetrics, render_regis
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.check.unclean import run_noted
-from services.containerd.clients.shim import ShimClient
+from services.containerd.clients.foreign_shim import connect_shim
 from services.containerd.clients.shim_events import ShimEventCodec
+from services.containerd.clients.shim_program import ShimPrograms
 from services.containerd.clients.snapshots import SnapshotsClient
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.content.local import LocalContentStore
@@ -61,6 +62,7 @@ from services.containerd.rpc.leases import LeaseInterceptor, LeasesService
 from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.served import services
+from services.containerd.rpc.shim_events import ShimEventsServer
 from services.containerd.rpc.snapshots import SnapshotsService
 from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.streams import StreamsService
@@ -68,6 +70,7 @@ from services.containerd.rpc.tasks import TasksService
 from services.containerd.rpc.transfer import TransferService
 from services.containerd.rpc.upgrades import UpgradesService
 from services.containerd.rpc.version import VersionService
+from services.containerd.runtimes import OUR_RUNTIMES
 from services.containerd.snapshots.native import NativeSnapshotter
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import SnapshotIds
@@ -76,8 +79,9 @@ from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.checkpoints import Checkpoints
 from services.containerd.tasks.factory import FactoryClient
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
+from services.containerd.tasks.foreign import ForeignRuntimes
 from services.containerd.tasks.journal import TaskJournal
-from services.containerd.tasks.manager import OUR_RUNTIMES, TaskManager
+from services.containerd.tasks.manager import TaskManager
 from services.containerd.tasks.merging import MemoryMerger
 from services.containerd.tasks.metrics import TaskMetrics
 from services.containerd.tasks.shims import Identity, ShimManager
@@ -127,6 +131,7 @@ class App:
         self._journal = Journal(
             self._db, encode_event, keep_events=config.journal_events, keep_s=config.journal_s
         )
+        self._exchange = Exchange(self._db, self._journal, event_field)
         gc_lock = GcLock()
         self._leases = LeaseManager(self._db, on_garbage=self._on_garbage)
         self._content = LocalContentStore(
@@ -245,6 +250,10 @@ class App:
         await stack.enter_async_context(self._workers)
         await stack.enter_async_context(self._registries)
         shims, tasks = await self._start_tasks(stack, epoch)
+        events = ShimEventsServer(
+            config.address.with_name(f"{config.address.name}.ttrpc"), shims, self._exchange
+        )
+        await stack.enter_async_context(events)
         background = await stack.enter_async_context(Background())
         await self._serve(stack, shims, tasks)
         background.start(self._gc.run(), name="garbage collection")
@@ -278,12 +287,15 @@ class App:
         merger = await stack.enter_async_context(
             MemoryMerger(config.state / "ksm.json", allowed=config.merge_memory)
         )
+        programs = ShimPrograms(
+            address=config.address, publisher=config.publisher, log_level=config.log_level
+        )
         shims = await stack.enter_async_context(
             ShimManager(
                 bundles=bundles,
                 journal=journal,
-                undertaker=Undertaker(journal, keeper),
-                connect=ShimClient,
+                undertaker=Undertaker(journal, keeper, programs),
+                connect=connect_shim,
                 metrics=metrics,
                 identity=Identity(uuid.uuid4().hex, epoch),
                 grace_s=config.shim_grace_s,
@@ -298,6 +310,7 @@ class App:
             launchers=dict.fromkeys(OUR_RUNTIMES, factory),
             journal=journal,
             metrics=metrics,
+            foreign=ForeignRuntimes(programs, connect_shim, config.runtimes),
         )
         return shims, tasks
 
@@ -340,7 +353,7 @@ class App:
             "containers": ContainersService(self._containers),
             "content": ContentService(self._content),
             "diff": DiffService(self._applier, self._comparer),
-            "events": EventsService(Exchange(self._db, self._journal, event_field)),
+            "events": EventsService(self._exchange),
             "images": ImagesService(self._images),
             "introspection": IntrospectionService(plugins, uuid=identity, runtimes=OUR_RUNTIMES),
             "journal": JournalService(self._journal),

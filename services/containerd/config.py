@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common import VERSION, log
 from services.common.errors import InvalidArgument
 from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
+from services.containerd.runtimes import OUR_RUNTIMES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
 _WAITING_SHIMS_MAX = 64
@@ -32,6 +33,8 @@ class Config:
         metrics_address: ``unix:PATH`` or ``HOST:PORT``; empty: none.
         log_level: one of services.common.log.LEVELS, for shims too.
         shim: the command that starts the shim factory, without its arguments.
+        runtimes: programs of shims that others wrote, by the runtime name that stands for them.
+        publisher: the program that shims without a connection publish their events by.
         default_runtime: the OCI runtime of containers that name none.
         snapshotter: the snapshotter of requests that name none.
         shim_grace_s: how long a shim may take to register after a start of containerd.
@@ -58,6 +61,8 @@ class Config:
     metrics_address: str = ""
     log_level: str = "info"
     shim: tuple[str, ...] = _SHIM_MODULE
+    runtimes: Mapping[str, Path] = field(default_factory=dict)
+    publisher: str = "theseus-containerd"
     default_runtime: str = "runc"
     snapshotter: str = "overlayfs"
     shim_grace_s: float = 10.0
@@ -112,6 +117,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         metrics_address=given.metrics_address,
         log_level=given.log_level,
         shim=_shim_command(given.shim),
+        runtimes=_runtimes(given.runtime),
+        publisher=str(Path(sys.executable).with_name("theseus-containerd")),
         default_runtime=given.default_runtime,
         snapshotter=given.snapshotter,
         shim_grace_s=given.grace_time,
@@ -140,6 +147,20 @@ def _shim_command(program: str) -> tuple[str, ...]:
     return (str(beside),) if beside.exists() else _SHIM_MODULE
 
 
+def _runtimes(given: Sequence[str]) -> dict[str, Path]:
+    runtimes = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path.startswith("/") or name in OUR_RUNTIMES:
+            raise InvalidArgument(
+                f"--runtime {text!r} is not NAME=PATH with the absolute path of a shim's program "
+                f"and a name that is none of {', '.join(OUR_RUNTIMES)}",
+                field="runtime",
+            )
+        runtimes[name] = Path(path)
+    return runtimes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="theseus-containerd",
@@ -155,6 +176,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-level", choices=log.LEVELS, default="info")
     add("--shim", default="", metavar="PROGRAM", help="default: theseus-shim beside Python")
     add("--waiting-shims", type=int, default=2, metavar="N", help="kept ready; 4 MiB each")
+    add(
+        "--runtime",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a runtime and the program of its shim, which others wrote; may be repeated",
+    )
     add("--default-runtime", default="runc", metavar="NAME")
     add("--snapshotter", default="overlayfs", metavar="NAME")
     add("--config", type=Path, metavar="FILE", help="config.toml: its [proxy_plugins] are used")

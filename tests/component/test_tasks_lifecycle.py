@@ -195,7 +195,7 @@ async def test_what_cannot_be_created_is_refused(node: TaskNode, client: TaskCli
     code, text = await failure(create(pb.CreateTaskRequest(container_id="gvisor"), timeout=10))
     assert code is grpc.StatusCode.NOT_FOUND
     assert "io.containerd.runsc.v1" in text
-    assert "io.containerd.runc.v2" in text
+    assert "containerd-shim-runsc-v1" in text
     await node.container("odd", runtime="runc")
     code, _ = await failure(create(pb.CreateTaskRequest(container_id="odd"), timeout=10))
     assert code is grpc.StatusCode.INVALID_ARGUMENT

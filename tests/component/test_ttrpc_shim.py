@@ -14,8 +14,9 @@ import pytest
 from protos.containerd.runtime.bootstrap.v1 import bootstrap_pb2
 from protos.containerd.task.v2 import shim_pb2 as v2
 from services.common.errors import Unavailable
-from services.shim.ttrpc import ending, status
-from services.shim.ttrpc.client import CallFailed
+from services.common.ttrpc import status
+from services.common.ttrpc.client import CallFailed
+from services.shim.ttrpc import ending
 from tests.fakes import runtime as fake_runtime
 from tests.fakes.eventually import eventually
 from tests.fakes.shim_harness import plain_spec

@@ -11,7 +11,7 @@ import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from services.common.client import connect
 from services.containerd.app import App
@@ -35,7 +35,15 @@ async def node_directory() -> AsyncIterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, onerror=_unless_it_is_gone)
+
+
+def _unless_it_is_gone(
+    function: object, path: str, failure: tuple[Any, BaseException, Any]
+) -> None:
+    """The keeper of descriptors, which ends after containerd, takes its socket away itself."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 def config(directory: Path, **changes: object) -> Config:

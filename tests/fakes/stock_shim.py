@@ -19,9 +19,9 @@ from protos.containerd.events import task_pb2
 from protos.containerd.services.ttrpc.events.v1 import events_pb2
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
-from services.shim.ttrpc.client import TtrpcClient
+from services.common.ttrpc.client import TtrpcClient
+from services.common.ttrpc.server import Method, TtrpcServer
 from services.shim.ttrpc.events import SERVICE
-from services.shim.ttrpc.server import Method, TtrpcServer
 from tests.fakes.shim_harness import kill_tree
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from services.common.client import connect
 from services.common.draining import Draining
 from services.common.metrics import ServerMetrics
 from services.common.server import RpcServer, Service
-from services.containerd.clients.shim import ShimClient
+from services.containerd.clients.foreign_shim import connect_shim
 from services.containerd.clients.shim_events import ShimEventCodec
+from services.containerd.clients.shim_program import ShimPrograms
 from services.containerd.containers.store import Container
 from services.containerd.content.local import LocalContentStore
 from services.containerd.gc.lock import GcLock
@@ -23,10 +24,12 @@ from services.containerd.metadata import meta
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.streams import StreamsService, add_streams_to_server
 from services.containerd.rpc.tasks import TasksService
+from services.containerd.runtimes import OUR_RUNTIMES
 from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.checkpoints import Checkpoints
+from services.containerd.tasks.foreign import ForeignRuntimes
 from services.containerd.tasks.journal import TaskJournal
-from services.containerd.tasks.manager import OUR_RUNTIMES, TaskManager
+from services.containerd.tasks.manager import TaskManager
 from services.containerd.tasks.metrics import TaskMetrics
 from services.containerd.tasks.shims import Identity, ShimManager
 from services.containerd.tasks.undertaker import Undertaker
@@ -71,12 +74,13 @@ class TaskNode:
         self.registry = CollectorRegistry()
         self.metrics = TaskMetrics(self.registry)
         journal = TaskJournal(self.metadata.db, self.metadata.journal, ShimEventCodec())
+        programs = ShimPrograms(address=self.socket, publisher="false", log_level="info")
         self.shims = await stack.enter_async_context(
             ShimManager(
                 bundles=self.bundles,
                 journal=journal,
-                undertaker=Undertaker(journal),
-                connect=ShimClient,
+                undertaker=Undertaker(journal, programs=programs),
+                connect=connect_shim,
                 metrics=self.metrics,
                 identity=Identity(secrets.token_hex(8), epoch),
                 grace_s=self.grace_s,
@@ -90,6 +94,7 @@ class TaskNode:
             launchers=dict.fromkeys(OUR_RUNTIMES, self.factory),
             journal=journal,
             metrics=self.metrics,
+            foreign=ForeignRuntimes(programs, connect_shim),
         )
         if serve:
             await self._serve(stack)

@@ -1,4 +1,4 @@
-"""The shim over gRPC: implements :class:`services.containerd.tasks.shim.Shim`."""
+"""Our own shim, over gRPC: implements :class:`services.containerd.tasks.shim.Shim`."""
 
 from __future__ import annotations
 
@@ -8,44 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from protos.containerd.task.v3 import shim_pb2 as pb
 from protos.containerd.task.v3 import shim_pb2_grpc
-from protos.containerd.types import mount_pb2
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
 from services.common.client import connect
-from services.common.errors import DataLoss, TheseusError, Unavailable
+from services.common.errors import TheseusError, Unavailable
 from services.common.rpc_errors import translated
-from services.containerd.rpc.encoding import from_any, nanoseconds, to_any
+from services.containerd.clients.task_api import TaskApiClient
 from services.containerd.tasks.processes import ProcessId
-from services.containerd.tasks.shim import (
-    CreateTask,
-    ProcessExit,
-    ProcessInfo,
-    ProcessState,
-    ProgramInfo,
-    Reexecuted,
-    ShimAddress,
-    ShimInfo,
-    Stdio,
-    TaskStatus,
-)
+from services.containerd.tasks.shim import ProgramInfo, Reexecuted, ShimAddress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+    from google.protobuf.message import Message
+
+    from services.containerd.clients.task_api import Answer
     from services.containerd.tasks.shim import Attachment, ShimRequest
-    from services.containerd.typed import TypedValue
 
 ATTACH_METHOD = "/theseus.shim.v1.Streams/Attach"
 
 _QUICK_S = 30.0
-_SLOW_S = 600.0  # what runs a runtime, with hooks that may take their time
-_SIGN_OF_LIFE_S = 2.0
-_WAIT_S = 24 * 3600.0
+_SLOW_S = 600.0
 
 
-class ShimClient:
+class ShimClient(TaskApiClient):
     """One shim's services on one channel, which connects when first used.
 
     Args:
@@ -55,153 +42,11 @@ class ShimClient:
     """
 
     def __init__(self, *, namespace: str, container_id: str, address: str) -> None:
-        self._id = container_id
+        super().__init__(container_id)
         self._channel = connect(address, namespace=namespace)
-        self._task = shim_pb2_grpc.TaskStub(self._channel)
+        self._task: Any = shim_pb2_grpc.TaskStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._closed = False
-
-    async def create(self, request: CreateTask) -> int:
-        """As ``Shim.create``."""
-        message = pb.CreateTaskRequest(
-            id=self._id,
-            bundle=request.bundle,
-            rootfs=[
-                mount_pb2.Mount(
-                    type=mount.type,
-                    source=mount.source,
-                    target=mount.target,
-                    options=mount.options,
-                )
-                for mount in request.rootfs
-            ],
-            terminal=request.stdio.terminal,
-            stdin=request.stdio.stdin,
-            stdout=request.stdio.stdout,
-            stderr=request.stdio.stderr,
-            checkpoint=request.checkpoint,
-            options=to_any(request.options),
-        )
-        with self._call():
-            return (await self._task.Create(message, timeout=_SLOW_S)).pid
-
-    async def start(self, exec_id: str) -> int:
-        """As ``Shim.start``."""
-        with self._call():
-            request = pb.StartRequest(id=self._id, exec_id=exec_id)
-            return (await self._task.Start(request, timeout=_SLOW_S)).pid
-
-    async def kill(self, exec_id: str, signal: int, *, every: bool = False) -> None:
-        """As ``Shim.kill``."""
-        with self._call():
-            request = pb.KillRequest(id=self._id, exec_id=exec_id, signal=signal, all=every)
-            await self._task.Kill(request, timeout=_QUICK_S)
-
-    async def exec(self, exec_id: str, stdio: Stdio, spec: TypedValue) -> None:
-        """As ``Shim.exec``."""
-        request = pb.ExecProcessRequest(
-            id=self._id,
-            exec_id=exec_id,
-            terminal=stdio.terminal,
-            stdin=stdio.stdin,
-            stdout=stdio.stdout,
-            stderr=stdio.stderr,
-            spec=to_any(spec),
-        )
-        with self._call():
-            await self._task.Exec(request, timeout=_SLOW_S)
-
-    async def wait(self, exec_id: str) -> ProcessExit:
-        """As ``Shim.wait``."""
-        with self._call():
-            request = pb.WaitRequest(id=self._id, exec_id=exec_id)
-            answer = await self._task.Wait(request, timeout=_WAIT_S)
-            return ProcessExit(answer.exit_status, nanoseconds(answer.exited_at))
-
-    async def delete(self, exec_id: str) -> ProcessExit:
-        """As ``Shim.delete``."""
-        with self._call():
-            request = pb.DeleteRequest(id=self._id, exec_id=exec_id)
-            answer = await self._task.Delete(request, timeout=_SLOW_S)
-            return ProcessExit(answer.exit_status, nanoseconds(answer.exited_at), answer.pid)
-
-    async def state(self, exec_id: str) -> ProcessState:
-        """As ``Shim.state``."""
-        with self._call():
-            request = pb.StateRequest(id=self._id, exec_id=exec_id)
-            answer = await self._task.State(request, timeout=_QUICK_S)
-        return ProcessState(
-            id=exec_id or self._id,
-            pid=answer.pid,
-            status=TaskStatus(answer.status),
-            stdio=Stdio(answer.stdin, answer.stdout, answer.stderr, answer.terminal),
-            exit_status=answer.exit_status,
-            exited_at_ns=nanoseconds(answer.exited_at),
-        )
-
-    async def pids(self) -> list[ProcessInfo]:
-        """As ``Shim.pids``."""
-        with self._call():
-            answer = await self._task.Pids(pb.PidsRequest(id=self._id), timeout=_QUICK_S)
-        return [ProcessInfo(process.pid, from_any(process.info)) for process in answer.processes]
-
-    async def pause(self) -> None:
-        """As ``Shim.pause``."""
-        with self._call():
-            await self._task.Pause(pb.PauseRequest(id=self._id), timeout=_SLOW_S)
-
-    async def resume(self) -> None:
-        """As ``Shim.resume``."""
-        with self._call():
-            await self._task.Resume(pb.ResumeRequest(id=self._id), timeout=_SLOW_S)
-
-    async def resize(self, exec_id: str, width: int, height: int) -> None:
-        """As ``Shim.resize``."""
-        request = pb.ResizePtyRequest(id=self._id, exec_id=exec_id, width=width, height=height)
-        with self._call():
-            await self._task.ResizePty(request, timeout=_QUICK_S)
-
-    async def close_io(self, exec_id: str) -> None:
-        """As ``Shim.close_io``."""
-        with self._call():
-            request = pb.CloseIORequest(id=self._id, exec_id=exec_id, stdin=True)
-            await self._task.CloseIO(request, timeout=_QUICK_S)
-
-    async def update(self, resources: TypedValue | None, annotations: Mapping[str, str]) -> None:
-        """As ``Shim.update``."""
-        request = pb.UpdateTaskRequest(
-            id=self._id, resources=to_any(resources), annotations=dict(annotations)
-        )
-        with self._call():
-            await self._task.Update(request, timeout=_SLOW_S)
-
-    async def stats(self) -> TypedValue:
-        """As ``Shim.stats``."""
-        with self._call():
-            answer = await self._task.Stats(pb.StatsRequest(id=self._id), timeout=_QUICK_S)
-        value = from_any(answer.stats)
-        if value is None:
-            raise DataLoss(f"the shim of task '{self._id}' answered without figures")
-        return value
-
-    async def checkpoint(self, path: str, options: TypedValue | None) -> None:
-        """As ``Shim.checkpoint``."""
-        request = pb.CheckpointTaskRequest(id=self._id, path=path, options=to_any(options))
-        with self._call():
-            await self._task.Checkpoint(request, timeout=_SLOW_S)
-
-    async def connect(self) -> ShimInfo:
-        """As ``Shim.connect``."""
-        with self._call():
-            request = pb.ConnectRequest(id=self._id)
-            answer = await self._task.Connect(request, timeout=_SIGN_OF_LIFE_S)
-            return ShimInfo(answer.shim_pid, answer.task_pid, answer.version)
-
-    async def shutdown(self, *, now: bool = False) -> None:
-        """As ``Shim.shutdown``."""
-        with self._call():
-            request = pb.ShutdownRequest(id=self._id, now=now)
-            await self._task.Shutdown(request, timeout=_QUICK_S)
 
     async def host(self, request: ShimRequest) -> ShimAddress:
         """As ``Shim.host``."""
@@ -252,6 +97,13 @@ class ShimClient:
         """As ``Shim.close``: calls under way end with ``Unavailable``."""
         self._closed = True
         await self._channel.close()
+
+    async def _ask(
+        self, method: str, request: Message, answer: type[Answer], timeout_s: float
+    ) -> Answer:
+        with self._call():
+            found: Answer = await getattr(self._task, method)(request, timeout=timeout_s)
+            return found
 
     @contextmanager
     def _call(self) -> Iterator[None]:

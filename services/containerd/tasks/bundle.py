@@ -1,7 +1,8 @@
 """Bundles: the directory that containerd and a shim share for the life of one task.
 
     <state>/tasks/<namespace>/<id>/
-        shim.json       who the shim is; containerd writes it first, the shim completes it
+        shim.json       who the shim is; containerd writes it first, the shim completes it, or
+                        containerd itself for one that others wrote
         config.json     the OCI spec
         rootfs/         where the shim mounts the root file system
         spool/<seq>     events that containerd has not acknowledged yet (the shim's)
@@ -54,6 +55,9 @@ class ShimRecord:
     """Content of shim.json. ``pid`` and ``start_time`` are 0 until the shim serves.
 
     ``socket`` is that of the process that serves it, which may serve others of its ``group`` too.
+
+    A shim that others wrote has a ``binary``, and ``address`` and ``init``, the pid and start time
+    of the container's first process, once they are known.
     """
 
     instance_id: str
@@ -64,6 +68,9 @@ class ShimRecord:
     pid: int = 0
     start_time: int = 0
     group: str = ""
+    binary: str = ""
+    address: str = ""
+    init: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ class Bundle:
         """
         data = self.read_json(SHIM_FILE)
         try:
+            init = data.get("init") or (0, 0)
             return ShimRecord(
                 instance_id=str(data["instance_id"]),
                 namespace=str(data["namespace"]),
@@ -91,8 +99,11 @@ class Bundle:
                 pid=int(data.get("pid") or 0),
                 start_time=int(data.get("start_time") or 0),
                 group=str(data.get("group") or ""),
+                binary=str(data.get("binary") or ""),
+                address=str(data.get("address") or ""),
+                init=(int(init[0]), int(init[1])),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise NotFound(f"{self.path / SHIM_FILE} does not describe a shim") from error
 
     def process(self) -> ProcessId | None:
@@ -104,6 +115,10 @@ class Bundle:
         if not record.pid or not record.start_time or record.boot_id != linux.boot_id():
             return None
         return ProcessId(record.pid, record.start_time)
+
+    def complete(self, **fields: object) -> None:
+        """Add to shim.json what became known of a shim that does not do so itself. Blocks."""
+        self.write_json(SHIM_FILE, {**self.read_json(SHIM_FILE), **fields})
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A file of the bundle that holds a JSON object. Blocks.
@@ -200,13 +215,14 @@ class Bundles:
             )
         return path
 
-    def create(self, namespace: str, id: str, spec: bytes) -> ShimRecord:
+    def create(self, namespace: str, id: str, spec: bytes, binary: str = "") -> ShimRecord:
         """Make the bundle of a new task, complete. Blocks.
 
         Args:
             namespace: the container's.
             id: the container's.
             spec: config.json, as the container record has it.
+            binary: the program of a shim that others wrote; empty: the shim is ours.
 
         Raises:
             InvalidArgument: a name, the socket's path or the spec is of no use.
@@ -222,7 +238,8 @@ class Bundles:
             id=id,
             socket=str(self.socket(namespace, id, instance_id)),
             boot_id=linux.boot_id(),
-            group=group_of(config),
+            group="" if binary else group_of(config),
+            binary=binary,
         )
         draft = bundle.path.with_name(f".{id}.{secrets.token_hex(4)}")
         try:

@@ -8,7 +8,7 @@ that is repeated after a crash finds what it said before.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from services.containerd.metadata import tasks as rows
@@ -139,6 +139,22 @@ class TaskJournal:
                 seq = self._journal.shim_progress(tx, instance_id) + 1
                 event = ShimEvent(seq, time.time_ns(), topic, message)
                 self._append(tx, namespace, instance_id, event)
+
+        await self._db.write(append)
+
+    async def forward(self, namespace: str, instance_id: str, event: ShimEvent) -> None:
+        """Append an event of a shim that numbers none; the number of ``event`` is not looked at.
+
+        An exit is told once: it may have been asked for before the shim came to tell of it.
+        """
+
+        def append(tx: sqlite3.Connection) -> None:
+            if event.topic == TOPIC_EXIT:
+                said = rows.shim_events(tx, instance_id, (TOPIC_EXIT,))
+                if (event.event.type_url, event.event.value) in said:
+                    return
+            seq = self._journal.shim_progress(tx, instance_id) + 1
+            self._append(tx, namespace, instance_id, replace(event, seq=seq))
 
         await self._db.write(append)
 

@@ -1,6 +1,7 @@
 """What becomes of shims that are silent or dead.
 
-A shim that has not registered within the grace time is dialled and, if it answers, adopted. While
+A shim that has not registered within the grace time, or that others wrote and never does, is
+dialled and, if it answers, adopted; of the latter an exit that nobody was told is asked for. While
 its process lives a shim is never given up: it is SILENT, and asked again. A process that ends is
 noticed through its pidfd; a successor is started, which adopts the container, and where there can
 be none the shim is buried. Which of these happened is a log line, a metric and an event of the
@@ -19,9 +20,10 @@ import structlog
 from services.common import linux
 from services.common.errors import DeadlineExceeded, TheseusError, Unavailable
 from services.containerd.tasks.gone import GoneShim
-from services.containerd.tasks.journal import ExitNotice, ShimNotice
+from services.containerd.tasks.journal import TOPIC_EXIT, ExitNotice, ShimNotice
 from services.containerd.tasks.known import Standing
 from services.containerd.tasks.processes import ProcessHandle, ProcessId
+from services.containerd.tasks.shim import ProcessExit, TaskStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -125,7 +127,7 @@ class Keeper:
 
     async def expect(self, known: KnownShim) -> None:
         """Give the shim its grace time; then ask, again and again while its process lives."""
-        deadline = time.monotonic() + self._grace_s
+        deadline = time.monotonic() + (0.0 if known.binary else self._grace_s)
         while known.standing is Standing.EXPECTED:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -166,9 +168,26 @@ class Keeper:
                     known, ProcessId(info.shim_pid, start_time or 0), known.address, info.version
                 )
             known.inherited = False
+            if known.binary:
+                await self._catch_up(known)
             known.turn(Standing.REACHABLE)
             await self._announce(known, "adopted")
         return True
+
+    async def _catch_up(self, known: KnownShim) -> None:
+        """Journal the end of a container that its shim could not tell, as nobody was there."""
+        assert known.shim is not None, "it was dialled"
+        try:
+            state = await known.shim.state("")
+        except TheseusError as error:
+            log.warning("state of a task is not known now", container=known.id, error=error.message)
+            return
+        if state.status is not TaskStatus.STOPPED:
+            return
+        end = ProcessExit(state.exit_status, state.exited_at_ns, state.pid)
+        known.exits[""] = end
+        message = self._journal.codec.encode_exit(ExitNotice(known.id, "", end))
+        await self._journal.say_for(known.namespace, known.instance_id, [(TOPIC_EXIT, message)])
 
     async def _settle_dead(self, known: KnownShim) -> None:
         """Bury a shim whose process has ended, unless somebody is at work on it already."""
@@ -185,7 +204,7 @@ class Keeper:
 
     async def _find_successor(self, known: KnownShim) -> str | None:
         """Have a new shim adopt the container; returns why there is none, None when there is."""
-        if self._replace is None:
+        if self._replace is None or known.binary:
             return ""
         now = time.monotonic()
         known.replaced_at = [at for at in known.replaced_at if now - at < _REPLACING_S]

@@ -61,6 +61,7 @@ class KnownShim:
     Attributes:
         bundle: its place.
         instance_id: of the bundle.
+        binary: the program of a shim that others wrote; empty: it is ours.
         inherited: it was there when this containerd started.
         group: whose shims share a process; empty: none.
         process: the shim itself, once known; it may be that of others too.
@@ -78,6 +79,7 @@ class KnownShim:
     def __init__(self, bundle: Bundle, instance_id: str, standing: Standing) -> None:
         self.bundle = bundle
         self.instance_id = instance_id
+        self.binary = ""
         self.inherited = standing is not Standing.STARTING
         self.group = ""
         self.process: ProcessId | None = None

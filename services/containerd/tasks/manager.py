@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from services.common import linux
 from services.common.errors import (
     Cancelled,
     DataLoss,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from services.common.mounts import Mount
     from services.containerd.containers.store import Container, ContainerStore
     from services.containerd.tasks.factory import ShimLauncher
+    from services.containerd.tasks.foreign import ForeignRuntimes
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.metrics import TaskMetrics
@@ -56,13 +58,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-OUR_RUNTIMES = (
-    "io.containerd.runc.v2",
-    "io.containerd.runtime.v1.linux",
-    "io.containerd.theseus.v1",
-)
-"""Runtime names of containers that our own shim runs."""
 
 _ASKED_AT_ONCE = 64
 _STATE_S = 2.0  # as upstream's io.containerd.timeout.task.state
@@ -88,7 +83,8 @@ class TaskManager:
     Args:
         containers: the records that tasks are made of.
         shims: the register.
-        launchers: who starts shims, by runtime name.
+        launchers: who starts our shims, by runtime name.
+        foreign: finds and starts shims that others wrote.
         journal: for what is said in a dead shim's name.
         metrics: counts.
     """
@@ -101,10 +97,12 @@ class TaskManager:
         launchers: Mapping[str, ShimLauncher],
         journal: TaskJournal,
         metrics: TaskMetrics,
+        foreign: ForeignRuntimes,
     ) -> None:
         self._containers = containers
         self._shims = shims
         self._launchers = launchers
+        self._foreign = foreign
         self._journal = journal
         self._metrics = metrics
 
@@ -117,15 +115,20 @@ class TaskManager:
             AlreadyExists: it has a task.
         """
         container = await self._containers.get(namespace, container_id)
-        launcher = self._launcher(request.runtime or container.runtime_name)
+        launcher, binary = self._launcher(request.runtime or container.runtime_name)
         if container.spec is None:
             raise InvalidArgument(f"container '{container_id}' has no spec", field="spec")
         async with AsyncExitStack() as undo:
-            known = await self._shims.begin(namespace, container_id, container.spec.value)
+            spec = container.spec.value
+            known = await self._shims.begin(namespace, container_id, spec, binary)
             undo.push_async_callback(self._undo_create, known)
-            await self._launch(launcher, known)
+            new = _create_request(known, container, request)
+            await self._launch(launcher, known, new.options)
             assert known.shim is not None, "a shim that serves can be called"
-            pid = await known.shim.create(_create_request(known, container, request))
+            pid = await known.shim.create(new)
+            if binary:
+                init = pid, linux.process_start_time(pid) or 0
+                await uninterrupted(asyncio.to_thread(known.bundle.complete, init=init))
             undo.pop_all()
         self._shims.began(known)
         return pid
@@ -287,9 +290,11 @@ class TaskManager:
         shim = await self._shims.get(namespace, container_id).ready()
         return shim.attach(requests, timeout_s=timeout_s)
 
-    async def _launch(self, launcher: ShimLauncher, known: KnownShim) -> None:
+    async def _launch(
+        self, launcher: ShimLauncher, known: KnownShim, options: TypedValue | None = None
+    ) -> None:
         with self._metrics.start_seconds.time():
-            await self._shims.start(launcher, known)
+            await self._shims.start(launcher, known, options)
 
     async def _undo_create(self, known: KnownShim) -> None:
         await uninterrupted(self._remove_uncreated(known))
@@ -369,20 +374,15 @@ class TaskManager:
             log.warning("figures of a task are not known now", container=known.id, error=str(error))
             return None
 
-    def _launcher(self, runtime: str) -> ShimLauncher:
+    def _launcher(self, runtime: str) -> tuple[ShimLauncher, str]:
+        """Who starts shims for a runtime, and the program of those that others wrote."""
         if not runtime:
             raise InvalidArgument("the container names no runtime", field="runtime")
         launcher = self._launchers.get(runtime)
         if launcher is not None:
-            return launcher
-        if "/" in runtime or runtime.count(".") < 2:
-            raise InvalidArgument(
-                f"runtime '{runtime}' is not a name such as {OUR_RUNTIMES[0]}", field="runtime"
-            )
-        raise NotFound(
-            f"runtime '{runtime}' is not here; there are {', '.join(sorted(self._launchers))}",
-            resource=("runtime", runtime),
-        )
+            return launcher, ""
+        foreign = self._foreign.launcher(runtime)
+        return foreign, foreign.binary
 
 
 def _create_request(known: KnownShim, container: Container, request: TaskRequest) -> CreateTask:

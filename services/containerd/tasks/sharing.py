@@ -145,7 +145,8 @@ class Sharing:
             return None
         served: dict[ProcessId, list[KnownShim]] = {}
         for other in self._everyone():
-            same = other.namespace == known.namespace and other.group == known.group
+            same = (other.namespace, other.group) == (known.namespace, known.group)
+            same = same and not other.binary  # such find their groups themselves
             process = other.joining or other.process
             if other is not known and same and process is not None and process not in refused:
                 served.setdefault(process, []).append(other)

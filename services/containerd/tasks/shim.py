@@ -134,6 +134,7 @@ class ShimRequest:
     """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
 
     With ``adopt`` it takes over the container of a shim that died, instead of waiting for one.
+    ``options`` are the runtime's, for shims that others wrote.
     """
 
     namespace: str
@@ -142,6 +143,7 @@ class ShimRequest:
     socket: Path
     instance_id: str
     adopt: bool = False
+    options: TypedValue | None = None
 
 
 @dataclass(frozen=True, slots=True)

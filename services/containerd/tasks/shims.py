@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ import structlog
 from services.common import linux
 from services.common.background import Background
 from services.common.errors import AlreadyExists, Unavailable
+from services.containerd.tasks.foreign import left_address
 from services.containerd.tasks.gone import GoneShim
 from services.containerd.tasks.inheritance import look_around
 from services.containerd.tasks.keeper import Keeper
@@ -29,6 +30,7 @@ from services.containerd.tasks.registration import (
     Welcome,
     check_hello,
     check_identity,
+    note_events,
 )
 from services.containerd.tasks.scrape import scrape
 from services.containerd.tasks.sharing import Sharing
@@ -42,10 +44,11 @@ if TYPE_CHECKING:
     from services.containerd.tasks.bundle import Bundles, ShimRecord
     from services.containerd.tasks.factory import ShimLauncher
     from services.containerd.tasks.inheritance import FoundBundle
-    from services.containerd.tasks.journal import TaskJournal
+    from services.containerd.tasks.journal import ShimEvent, TaskJournal
     from services.containerd.tasks.metrics import TaskMetrics
     from services.containerd.tasks.shim import ShimAddress, ShimConnector
     from services.containerd.tasks.undertaker import Undertaker
+    from services.containerd.typed import TypedValue
 
 log = structlog.get_logger(__name__)
 
@@ -168,8 +171,16 @@ class ShimManager:
             if owner == namespace and known.standing is not Standing.STARTING
         ]
 
-    async def begin(self, namespace: str, container_id: str, spec: bytes) -> KnownShim:
+    async def begin(
+        self, namespace: str, container_id: str, spec: bytes, binary: str = ""
+    ) -> KnownShim:
         """Make the bundle of a new task; its shim is STARTING until ``began`` or ``remove``.
+
+        Args:
+            namespace: the container's.
+            container_id: the container's.
+            spec: for config.json.
+            binary: the program of a shim that others wrote; empty: it is one of ours.
 
         Raises:
             AlreadyExists: the container has a task, or one is being made or deleted.
@@ -187,7 +198,7 @@ class ShimManager:
         known = self._shims[key] = KnownShim(bundle, "", Standing.STARTING)
         try:
             record = await uninterrupted(
-                asyncio.to_thread(self._bundles.create, namespace, container_id, spec)
+                asyncio.to_thread(self._bundles.create, namespace, container_id, spec, binary)
             )
         except asyncio.CancelledError:  # it may be there by now
             await uninterrupted(asyncio.to_thread(bundle.remove))
@@ -198,20 +209,45 @@ class ShimManager:
             raise
         known.instance_id = record.instance_id
         known.group = record.group
+        known.binary = binary
         return known
 
-    async def start(self, launcher: ShimLauncher, known: KnownShim) -> None:
+    async def start(
+        self, launcher: ShimLauncher, known: KnownShim, options: TypedValue | None = None
+    ) -> None:
         """Have a shim serve a new task: a process of its own, or one of its group.
+
+        Args:
+            launcher: starts one.
+            known: the new task's.
+            options: the runtime's, for a shim that others wrote; such find their group themselves.
 
         Raises:
             ShimStartFailed, DeadlineExceeded, Unavailable: there is none.
         """
-        await self._sharing.start(launcher, known, self._request(known))
+        if known.binary:
+            request = replace(self._request(known), options=options)
+            self._meet(known, await launcher.start_shim(request))
+        else:
+            await self._sharing.start(launcher, known, self._request(known))
 
     def began(self, known: KnownShim) -> None:
         """The task of a new shim exists."""
         known.turn(Standing.REACHABLE if known.session is None else Standing.REGISTERED)
         self._keeper.check(known)
+
+    async def forwarded(self, namespace: str, container_id: str, event: ShimEvent) -> bool:
+        """Take in an event that a shim which others wrote has published, as it has no stream.
+
+        Returns:
+            False if no such shim runs that container; nothing is done.
+        """
+        known = self._shims.get((namespace, container_id))
+        if known is None or not known.binary or not known.instance_id:
+            return False
+        await self._journal.forward(namespace, known.instance_id, event)
+        note_events(known, [event], self._journal)
+        return True
 
     async def register(self, hello: Hello) -> tuple[Welcome, ShimSession]:
         """Take in a shim that says Hello; ends the session that it had before.
@@ -330,6 +366,7 @@ class ShimManager:
         instance_id = found.record.instance_id if found.record is not None else ""
         known = KnownShim(bundle, instance_id, Standing.EXPECTED)
         known.group = found.record.group if found.record is not None else ""
+        known.binary = found.record.binary if found.record is not None else ""
         self._shims[bundle.namespace, bundle.id] = known
         name = f"shim {bundle.id}"
         if found.record is None or found.deletion is not None:
@@ -345,11 +382,17 @@ class ShimManager:
             self._expect_inherited(known, found.record)
 
     def _expect_inherited(self, known: KnownShim, record: ShimRecord) -> None:
+        address = f"unix://{record.socket}"
+        if record.binary:
+            address = record.address or left_address(known.bundle)
+        if not address:
+            # containerd ended before the program that starts the shim did.
+            self._background.start(self.remove(known), name=f"remove {known.id}")
+            return
         if record.pid:
-            process = ProcessId(record.pid, record.start_time)
-            self._keeper.meet(known, process, f"unix://{record.socket}", "")
+            self._keeper.meet(known, ProcessId(record.pid, record.start_time), address, "")
         else:
-            self._keeper.find_way(known, f"unix://{record.socket}")
+            self._keeper.find_way(known, address)
         self._background.start(self._keeper.expect(known), name=f"expect {known.id}")
 
     def _enrol(self, known: KnownShim, session: ShimSession, hello: Hello) -> None:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from services.common.background import Background
-from services.common.errors import TheseusError
+from services.common.errors import NotFound, TheseusError
 from services.containerd.tasks.bundle import GONE_FILE, unmount_beneath
+from services.containerd.tasks.foreign import socket_of
 from services.containerd.tasks.gone import Epitaph, LastWords
 from services.containerd.tasks.journal import TOPIC_EXIT, TOPIC_LOST, ExitNotice
 from services.containerd.tasks.processes import ProcessHandle
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from services.containerd.tasks.fd_keeper import DescriptorKeeper
+    from services.containerd.tasks.foreign import ShimPrograms
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.shim import Shim
@@ -68,11 +70,18 @@ class Undertaker:
     Args:
         journal: takes what the dead have to say.
         keeper: holds descriptors of shims, which are of no use any more; None where there is none.
+        programs: cleans up after shims that others wrote; None where there are none.
     """
 
-    def __init__(self, journal: TaskJournal, keeper: DescriptorKeeper | None = None) -> None:
+    def __init__(
+        self,
+        journal: TaskJournal,
+        keeper: DescriptorKeeper | None = None,
+        programs: ShimPrograms | None = None,
+    ) -> None:
         self._journal = journal
         self._keeper = keeper
+        self._programs = programs
 
     async def bury(self, known: KnownShim, reason: str, *, same_boot: bool = True) -> Epitaph:
         """Settle what a shim whose process is gone has left.
@@ -87,7 +96,7 @@ class Undertaker:
         """
         await self.drain(known)
         journaled = await self._journal.exits(known.instance_id)
-        remains = await asyncio.to_thread(read_remains, known.bundle)
+        remains = await asyncio.to_thread(_read_remains, known)
         if remains is None:  # the journal is all that there is to go by
             remains = Remains({exec_id: RemainingProcess(exec_id, 0, 0) for exec_id in journaled})
         words = {
@@ -100,10 +109,12 @@ class Undertaker:
             for exec_id, process in remains.processes.items()
             if exec_id not in journaled and process.pid  # without a pid it was never started
         ]
-        thaw = partial(thaw_container, remains, known.id)
+        thaw = partial(self._clean_up, known, remains)
+        if not known.binary:
+            thaw = partial(thaw_container, remains, known.id)
         words |= await self._end_processes(known, untold, reason, thaw if same_boot else None)
         known.exits |= {exec_id: w.exit for exec_id, w in words.items() if w.exit is not None}
-        await delete_container(remains, known.id)
+        await self._clean_up(known, remains)
         epitaph = Epitaph(known.id, reason, words)
         await asyncio.to_thread(_close_grave, known, epitaph)
         self._release(known)
@@ -130,12 +141,21 @@ class Undertaker:
             await self._send_away(known, now=not clean)
         await self.drain(known)
         if not clean:
-            remains = await asyncio.to_thread(read_remains, known.bundle)
+            remains = await asyncio.to_thread(_read_remains, known)
             if remains is not None:
-                await delete_container(remains, known.id)
+                await self._clean_up(known, remains)
+        if known.binary and not shared and known.address:
+            await asyncio.to_thread(socket_of(known.address).unlink, missing_ok=True)
         await asyncio.to_thread(known.bundle.remove, shared=shared)
         self._release(known)
         await self._journal.forget(known.instance_id)
+
+    async def _clean_up(self, known: KnownShim, remains: Remains) -> None:
+        """Have what is left of a container killed and taken away. Never raises."""
+        if not known.binary:
+            await delete_container(remains, known.id)
+        elif self._programs is not None:
+            await self._programs.delete(known.binary, known.bundle)
 
     def _release(self, known: KnownShim) -> None:
         if self._keeper is not None and known.instance_id:
@@ -233,6 +253,17 @@ async def _status_once_reaped(handle: ProcessHandle) -> int | None:
     while (status := handle.exit_status()) is None and time.monotonic() < deadline:  # noqa: ASYNC110 - no event tells of the reaping
         await asyncio.sleep(_REAP_POLL_S)
     return status
+
+
+def _read_remains(known: KnownShim) -> Remains | None:
+    """What is known of a container whose shim is dead. Blocks."""
+    if not known.binary:
+        return read_remains(known.bundle)
+    try:
+        pid, start_time = known.bundle.record().init
+    except NotFound:
+        return None
+    return Remains({"": RemainingProcess("", pid, start_time)} if pid else {})
 
 
 async def _ask_to_go(shim: Shim, *, now: bool) -> None:

@@ -19,6 +19,7 @@ import structlog
 from services.common import VERSION, linux
 from services.common import log as logs
 from services.common.background import Background
+from services.common.ttrpc.server import TtrpcServer
 from services.shim.bundle import Bundle
 from services.shim.container import Surroundings
 from services.shim.home import Home
@@ -28,7 +29,6 @@ from services.shim.spool import Spool
 from services.shim.tasks import Tasks
 from services.shim.ttrpc import home
 from services.shim.ttrpc.events import EventForwarder
-from services.shim.ttrpc.server import TtrpcServer
 from services.shim.ttrpc.task import StockTaskApi, services
 
 if TYPE_CHECKING:

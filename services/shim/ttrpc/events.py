@@ -13,10 +13,10 @@ import structlog
 
 from protos.containerd.services.ttrpc.events.v1 import events_pb2
 from protos.containerd.types import event_pb2
+from services.common.ttrpc import status
+from services.common.ttrpc.client import CallFailed, TtrpcClient
 from services.shim.clients.appearance import Appearance
 from services.shim.clients.events import pack, timestamp
-from services.shim.ttrpc import status
-from services.shim.ttrpc.client import CallFailed, TtrpcClient
 
 if TYPE_CHECKING:
     from pathlib import Path

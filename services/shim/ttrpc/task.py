@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from protos.containerd.task.v3 import shim_pb2
+from services.common.ttrpc.server import Method
 from services.shim.bundle import Bundle
 from services.shim.rpc.task_api import TaskApi, create_request
 from services.shim.ttrpc import ending
-from services.shim.ttrpc.server import Method
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,8 +21,8 @@ from protos.containerd.ttrpc import request_pb2
 from services.common.background import Background
 from services.common.errors import TheseusError
 from services.common.request import new_request_id, request_id
-from services.shim.ttrpc import status
-from services.shim.ttrpc.frames import (
+from services.common.ttrpc import status
+from services.common.ttrpc.frames import (
     DATA,
     REQUEST,
     RESPONSE,

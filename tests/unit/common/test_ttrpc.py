@@ -10,9 +10,9 @@ from google.rpc import status_pb2
 
 from protos.containerd.ttrpc import request_pb2
 from services.common import errors, rpc_errors
-from services.shim.ttrpc import status
-from services.shim.ttrpc.client import CallFailed, TtrpcClient
-from services.shim.ttrpc.frames import (
+from services.common.ttrpc import status
+from services.common.ttrpc.client import CallFailed, TtrpcClient
+from services.common.ttrpc.frames import (
     DATA,
     MESSAGE_MAX_BYTES,
     NO_DATA,
@@ -23,7 +23,7 @@ from services.shim.ttrpc.frames import (
     MessageTooLarge,
     read_frame,
 )
-from services.shim.ttrpc.server import CALLS_MAX, Method, TtrpcServer
+from services.common.ttrpc.server import CALLS_MAX, Method, TtrpcServer
 
 SERVICE = "test.Service"
 

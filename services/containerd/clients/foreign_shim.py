@@ -1,0 +1,160 @@
+"""A shim that others wrote, over ttrpc or gRPC: implements ``services.containerd.tasks.shim.Shim``.
+
+It has the task API and nothing else: no streams by offset, no metrics of its own, and it is not
+re-executed. Its address says how it is reached: ``ttrpc+unix://PATH?version=2``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from google.protobuf.message import DecodeError
+
+from services.common.client import connect
+from services.common.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
+from services.common.rpc_errors import translated
+from services.common.ttrpc.client import CallFailed, TtrpcClient
+from services.common.ttrpc.frames import MessageTooLarge
+from services.common.ttrpc.status import error_of
+from services.containerd.clients.shim import ShimClient
+from services.containerd.clients.task_api import TaskApiClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from google.protobuf.message import Message
+
+    from services.containerd.clients.task_api import Answer
+    from services.containerd.tasks.shim import (
+        Attachment,
+        ProgramInfo,
+        Reexecuted,
+        Shim,
+        ShimAddress,
+        ShimRequest,
+    )
+
+_NAMESPACE_KEY = "containerd-namespace-ttrpc"
+_ADDRESS = re.compile(r"(ttrpc|grpc)\+unix://(/[^?]*)\?version=([23])")
+
+
+class ForeignShim(TaskApiClient):
+    """One shim, on one connection, which is made when it is first used, and anew when it broke.
+
+    Args:
+        namespace: containerd's.
+        container_id: whose task the shim runs.
+        address: see the module.
+    """
+
+    def __init__(self, *, namespace: str, container_id: str, address: str) -> None:
+        super().__init__(container_id)
+        match = _ADDRESS.fullmatch(address)
+        if match is None:
+            raise InvalidArgument(
+                f"the shim of task '{container_id}' is at '{address}': only ttrpc and gRPC over "
+                "a Unix socket, in version 2 or 3, can be spoken to"
+            )
+        protocol, path, version = match.groups()
+        self._service = f"containerd.task.v{version}.Task"
+        self._namespace = namespace
+        self._path = Path(path)
+        self._channel = connect(self._path, namespace=namespace) if protocol == "grpc" else None
+        self._connection: TtrpcClient | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+
+    async def host(self, request: ShimRequest) -> ShimAddress:
+        """As ``Shim.host``; refused: its program finds the shim of a group."""
+        self._refuse("takes another task in")
+
+    async def leave(self, *, now: bool = False) -> None:
+        """As ``Shim.leave``: it knows itself that it has others."""
+        await self.shutdown()
+
+    async def info(self) -> ProgramInfo:
+        """As ``Shim.info``; refused."""
+        self._refuse("tells of itself")
+
+    async def reexec(self, program: Sequence[str], generation: int) -> Reexecuted:
+        """As ``Shim.reexec``; refused."""
+        self._refuse("is upgraded in place")
+
+    async def metrics(self) -> bytes:
+        """As ``Shim.metrics``: it has none."""
+        return b""
+
+    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
+        """As ``Shim.attach``; refused."""
+        self._refuse("keeps output to be attached to")
+
+    async def close(self) -> None:
+        """As ``Shim.close``."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def _ask(
+        self, method: str, request: Message, answer: type[Answer], timeout_s: float
+    ) -> Answer:
+        if self._closed:
+            raise self._unavailable("it was given up")
+        if self._channel is not None:
+            call: Any = self._channel.unary_unary(
+                f"/{self._service}/{method}",
+                request_serializer=type(request).SerializeToString,
+                response_deserializer=answer.FromString,
+            )
+            with translated():
+                found: Answer = await call(request, timeout=timeout_s)
+                return found
+        try:
+            client = await self._connected()
+            data = await client.call(
+                self._service,
+                method,
+                request.SerializeToString(),
+                timeout_s=timeout_s,
+                metadata={_NAMESPACE_KEY: self._namespace},
+            )
+            return answer.FromString(data)
+        except CallFailed as error:
+            raise error_of(error.code, str(error)) from None
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the shim of task '{self._id}' did not answer {method} within {timeout_s:g} s"
+            ) from None
+        except OSError as error:
+            raise self._unavailable(str(error)) from error
+        except MessageTooLarge as error:
+            raise InvalidArgument(str(error)) from error
+        except DecodeError as error:
+            raise self._unavailable("its answer cannot be decoded") from error
+
+    async def _connected(self) -> TtrpcClient:
+        async with self._connecting:
+            if self._connection is not None and self._connection.broken:
+                await self._connection.close()
+                self._connection = None
+            if self._connection is None:
+                self._connection = await TtrpcClient.connect(self._path)
+            return self._connection
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"the shim of task '{self._id}' cannot be reached: {reason}")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise Unimplemented(
+            f"task '{self._id}' is run by a shim that others wrote: only one of Theseus' {what}"
+        )
+
+
+def connect_shim(*, namespace: str, container_id: str, address: str) -> Shim:
+    """A client of a shim, ours or another, as its address says; see ``ShimConnector``."""
+    kind = ShimClient if address.startswith("unix://") else ForeignShim
+    return kind(namespace=namespace, container_id=container_id, address=address)
