@@ -138,6 +138,7 @@ SNAPSHOTS = [
     Step("snapshots rm done"),
     Step("snapshots unpack {manifest}"),
     Step("snapshots --snapshotter none ls"),
+    Step("snapshots --snapshotter native ls"),
 ]
 
 LEASES = [
@@ -182,7 +183,8 @@ CONTAINERS = [
     Step("containers rm c1"),
     Step("containers rm --keep-snapshot c0"),
     Step("snapshots rm c0"),
-    Step("snapshots ls"),
+    # What the refused containers left is taken by the garbage collection.
+    Step("snapshots ls", absent="Active"),
 ]
 
 CGROUPS = "--mount type=bind,src=/sys/fs/cgroup,dst=/c,options=rbind:ro"
@@ -228,6 +230,7 @@ RUN = [
     run("--log-uri file://{scratch}/log", "echo", "logged"),
     run("--log-uri binary:///bin/none", "true", **UNKNOWN),
     run("--snapshotter overlayfs", "echo", "overlay"),
+    run("--snapshotter native", "echo", "native"),
     run("--snapshotter none", "true"),
     run("--runc-binary /usr/sbin/runc", "echo", "runc"),
     run("--runc-binary crun", "echo", "crun"),
@@ -332,8 +335,8 @@ END = [
     Step("namespaces rm a"),
     Step("images rm --sync {image} {registry}/cmp:2 {registry}/cmp:plain {registry}/checkpoint:1"),
     Step("images ls"),
-    Step("snapshots ls"),
-    Step("content ls -q"),
+    Step("snapshots ls", absent="sha256:"),
+    Step("content ls -q", absent="sha256:"),
 ]
 
 SCRIPT = [*NAMESPACES, *IMAGES, *CONTENT, *SNAPSHOTS, *LEASES, *CONTAINERS, *RUN, *TASKS, *END]
