@@ -100,12 +100,8 @@ def _copy(code: CodeType, codes: Mapping[int, CodeType], copies: dict[int, CodeT
 
 
 def leave_out() -> None:
-    """Have imports go without modules that libraries take where they find them. Call it first.
-
-    structlog would draw tracebacks with rich, and asyncio speak TLS: two thirds of all modules.
-    """
-    for name in ("rich", "ssl"):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # see importlib: not found
+    """Have imports go without what asyncio would speak TLS with. Call it first."""
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # see importlib: not found
 
 
 def share_one_heap() -> None:

@@ -111,7 +111,7 @@ class MemoryMerger:
             first = self._number("full_scans")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_BURST_LIMIT_S):
-                    while self._number("full_scans") < first + _SCANS:
+                    while self._number("full_scans") < first + _SCANS:  # noqa: ASYNC110 - the kernel tells of no scan
                         await asyncio.sleep(_POLL_S)
         finally:
             self._restore()
