@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.database import Database
+from services.common.errors import NotFound
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.containers.store import Container
 from services.containerd.content.descriptor import Descriptor, Platform
@@ -110,7 +111,8 @@ class StorageNode:
     async def remove(self, key: str, snapshotter: str = "overlayfs") -> None:
         """Remove a container."""
         await self.containers.delete(NS, key)
-        await self.snapshotters[snapshotter].remove(NS, key)
+        with suppress(NotFound):  # nothing refers to it now: the collector may have been quicker
+            await self.snapshotters[snapshotter].remove(NS, key)
 
     async def is_empty(self) -> bool:
         """Whether there is no row and no file of content and snapshots."""
