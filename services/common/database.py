@@ -6,6 +6,9 @@ which runs every function that is waiting in a savepoint of its own, commits onc
 rolled back alone. Functions are plain, so a transaction can never span an await or another tier's
 call. ``await db.read(fn)`` runs on a second connection, which sees the last commit.
 
+On a full disk the reserve, if there is one, is released and the group of transactions run again:
+functions must be fit for that, as they must for a rollback.
+
 The schema's version is ``PRAGMA user_version``. Migrations run at open, each in its transaction,
 after a copy of the file was put aside as ``<name>.v<N>.bak``.
 """
@@ -20,24 +23,41 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from services.common import tracing
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from services.common.disk import DiskReserve
 
 T = TypeVar("T")
 Transaction = sqlite3.Connection
 """What a function of ``write`` or ``read`` gets; rows come as ``sqlite3.Row``."""
 
 _GROUP_MAX = 256
+# What a full disk is to SQLite, in the database, its log and the index of that (sqlite3.h).
+_DISK_FULL = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_FSYNC,
+    sqlite3.SQLITE_IOERR_TRUNCATE,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+)
 
 
 class Database:
-    """An open database file. ``open`` before use; ``close`` commits what waits."""
+    """An open database file. ``open`` before use; ``close`` commits what waits.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        reserve: room for transactions on a full disk; None: there is none.
+    """
+
+    def __init__(self, path: Path, *, reserve: DiskReserve | None = None) -> None:
         self.path = path
+        self._reserve = reserve
         self._requests: queue.SimpleQueue[
             tuple[Callable[[Transaction], Any], asyncio.Future[Any]] | None
         ] = queue.SimpleQueue()
@@ -143,20 +163,32 @@ class Database:
         group: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]],
     ) -> None:
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            outcomes = [
-                (future, *_run_in_savepoint(connection, function)) for function, future in group
-            ]
-            connection.execute("COMMIT")
+            try:
+                outcomes = _run_group(connection, group)
+            except sqlite3.Error as error:
+                if not _is_disk_full(error) or self._reserve is None:
+                    raise
+                if not self._reserve.release():
+                    raise
+                outcomes = _run_group(connection, group)
         except sqlite3.Error as error:  # the disk is full, or I/O failed: nobody's write happened
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            outcomes = [(future, None, error) for _, future in group]
+            explained = self._explained(error)
+            outcomes = [(future, None, explained) for _, future in group]
         else:
             for listener in self._commit_listeners:
                 listener()
         for future, result, failure in outcomes:
             future.get_loop().call_soon_threadsafe(_resolve, future, result, failure)
+
+    def _explained(self, error: sqlite3.Error) -> Exception:
+        if not _is_disk_full(error):
+            return error
+        explained = ResourceExhausted(
+            f"the disk of {self.path.parent} is full ({error}): make room there",
+            reason="DISK_FULL",
+        )
+        explained.__cause__ = error
+        return explained
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -169,6 +201,30 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _run_group(
+    connection: sqlite3.Connection,
+    group: list[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]],
+) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
+    """Run and commit a group: all of it, or nothing."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        outcomes = [
+            (future, *_run_in_savepoint(connection, function)) for function, future in group
+        ]
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return outcomes
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.Error) and (
+        getattr(error, "sqlite_errorcode", None) in _DISK_FULL
+    )
+
+
 def _run_in_savepoint(
     connection: sqlite3.Connection, function: Callable[[Transaction], Any]
 ) -> tuple[Any, BaseException | None]:
@@ -176,6 +232,8 @@ def _run_in_savepoint(
     try:
         result, failure = function(connection), None
     except Exception as error:
+        if _is_disk_full(error):
+            raise  # SQLite may have rolled back all of the group by itself (lang_transaction.html)
         connection.execute("ROLLBACK TO request")
         result, failure = None, error
     connection.execute("RELEASE request")

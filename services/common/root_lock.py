@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_PID_WIDTH = 20
+
+
 class RootLock:
     """The lock of ``root``, which is created if need be."""
 
@@ -37,8 +40,9 @@ class RootLock:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             await self._acquire(fd, timeout_s)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            # In place, and always as long: on a full disk there is no room for a new block.
+            os.pwrite(fd, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
+            os.ftruncate(fd, _PID_WIDTH + 1)
             yield
         finally:
             os.close(fd)

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from services.common.background import Background
 from services.common.database import Database
+from services.common.disk import DiskFloor, DiskReserve
 from services.common.draining import Draining
 from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
@@ -127,7 +128,9 @@ class App:
 
     def _build_storage(self) -> None:
         config = self._config
-        self._db = Database(config.root / "meta.db")
+        self._reserve = DiskReserve(config.root / "reserve", config.disk_reserve_bytes)
+        self._floor = DiskFloor(config.root, config.disk_floor_bytes)
+        self._db = Database(config.root / "meta.db", reserve=self._reserve)
         self._journal = Journal(
             self._db, encode_event, keep_events=config.journal_events, keep_s=config.journal_s
         )
@@ -135,7 +138,7 @@ class App:
         gc_lock = GcLock()
         self._leases = LeaseManager(self._db, on_garbage=self._on_garbage)
         self._content = LocalContentStore(
-            config.root, self._db, events=self._journal, gc_lock=gc_lock
+            config.root, self._db, events=self._journal, gc_lock=gc_lock, floor=self._floor
         )
         self._build_snapshotters()
         collector = Collector(
@@ -192,6 +195,7 @@ class App:
             self._applier,
             self._leases,
             default=config.snapshotter,
+            floor=self._floor,
         )
         unpacker.check("")
         unpacking = ImageUnpacking(self._content, unpacker, host=host_platform())
@@ -233,6 +237,7 @@ class App:
         await stack.enter_async_context(RootLock(config.root).held(config.lock_timeout_s))
         for directory in (config.state, self._scratch):
             await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o711)
+        await asyncio.to_thread(self._reserve.settle)
         await asyncio.to_thread(self._db.open, MIGRATIONS)
         stack.push_async_callback(asyncio.to_thread, self._db.close)
         self._journal.attach()
@@ -258,6 +263,7 @@ class App:
         await self._serve(stack, shims, tasks)
         background.start(self._gc.run(), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
+        background.start(self._reserve.keep(), name="reserve on the disk")
         background.start(self._truncate_journal(), name="truncation of the journal")
         self._gc.request()
         log.info("serving", address=str(config.address), root=str(config.root), epoch=epoch)

@@ -53,6 +53,8 @@ class Config:
         waiting_shims: shims that wait ready for a container; some 4 MiB each.
         registry_hosts: directories with a hosts.toml, or certificates, for each registry.
         proxy_snapshotters: snapshotters that other services are.
+        disk_reserve_bytes: room that is kept for records on a full disk.
+        disk_floor_bytes: what has to stay free on the disk when blobs and layers come in.
     """
 
     root: Path
@@ -80,6 +82,8 @@ class Config:
     waiting_shims: int = 2
     registry_hosts: tuple[Path, ...] = (REGISTRY_HOSTS,)
     proxy_snapshotters: tuple[ProxySnapshotter, ...] = ()
+    disk_reserve_bytes: int = 8 << 20
+    disk_floor_bytes: int = 64 << 20
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -91,6 +95,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     """
     given = _parser().parse_args(arguments)
     state: Path = given.state.absolute()
+    for name in ("disk_reserve", "disk_floor"):
+        if getattr(given, name) < 0:
+            raise InvalidArgument(
+                f"--{name.replace('_', '-')} is a number of bytes and cannot be negative",
+                field=name,
+            )
     for name in ("grace_time", "lock_timeout", "drain_time", "gc_delay", "gc_interval"):
         if getattr(given, name) < 0:
             raise InvalidArgument(
@@ -134,6 +144,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         max_downloads=given.max_downloads,
         unpack_workers=given.unpack_workers,
         waiting_shims=given.waiting_shims,
+        disk_reserve_bytes=given.disk_reserve,
+        disk_floor_bytes=given.disk_floor,
         proxy_snapshotters=read_proxy_plugins(given.config) if given.config else (),
         registry_hosts=tuple(Path(part) for part in given.registry_hosts.split(":") if part),
     )
@@ -197,6 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--journal-days", type=float, default=7.0, metavar="DAYS", help="days they are kept")
     add("--max-archive-bytes", type=int, default=64 << 30, metavar="N")
     add("--max-downloads", type=int, default=6, metavar="N", help="blobs fetched at once")
+    add("--disk-reserve", type=int, default=8 << 20, metavar="N", help="bytes for a full disk")
+    add("--disk-floor", type=int, default=64 << 20, metavar="N", help="bytes that stay free")
     add("--unpack-workers", type=int, default=2, metavar="N", help="processes that unpack")
     add(
         "--registry-hosts",

@@ -30,6 +30,7 @@ from protos.theseus.engine.v1 import (
 )
 from services.common.background import Background
 from services.common.database import Database
+from services.common.disk import DiskReserve
 from services.common.draining import Draining
 from services.common.errors import TheseusError
 from services.common.metrics import MetricsEndpoint, ServerMetrics
@@ -125,7 +126,8 @@ class App:
         self._registry = CollectorRegistry()
         self._metrics = DaemonMetrics(self._registry)
         self._host = HostFacts.read()
-        self._db = Database(config.root / "daemon.db")
+        self._reserve = DiskReserve(config.root / "reserve", config.disk_reserve_bytes)
+        self._db = Database(config.root / "daemon.db", reserve=self._reserve)
         self._runtimes = OciRuntimes(config.runtimes, config.default_runtime)
         self._network = network or BridgeNetwork(self._db, _network_config(config))
         self._trace = trace
@@ -148,6 +150,7 @@ class App:
         config = self._config
         await stack.enter_async_context(RootLock(config.root).held(config.lock_timeout_s))
         await asyncio.to_thread(config.state.mkdir, parents=True, exist_ok=True, mode=0o711)
+        await asyncio.to_thread(self._reserve.settle)
         await asyncio.to_thread(self._db.open, MIGRATIONS)
         stack.push_async_callback(asyncio.to_thread, self._db.close)
         # Made here, not before: gRPC belongs to the running event loop.
@@ -165,6 +168,7 @@ class App:
         await self._caretaker.returned()
         self._execs.resume()
         self._background.start(self._follower.run(), name="journal")
+        self._background.start(self._reserve.keep(), name="reserve on the disk")
         with suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 await self._follower.settled.wait()

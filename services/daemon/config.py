@@ -39,6 +39,7 @@ class Config:
         return_grace_s: after a start, how long clients that were attached to containers which have
             ended meanwhile have to come back for the rest of the output.
         lock_timeout_s: how long to wait for another daemon to leave the root.
+        disk_reserve_bytes: room that is kept for records on a full disk.
     """
 
     root: Path
@@ -55,6 +56,7 @@ class Config:
     log_level: str = "info"
     return_grace_s: float = 5.0
     lock_timeout_s: float = 30.0
+    disk_reserve_bytes: int = 8 << 20
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

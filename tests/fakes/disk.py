@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,9 +14,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def small_disk(directory: Path, *mkfs: str, size_bytes: int) -> Iterator[Path]:
+def small_disk(directory: Path, *mkfs: str, size_bytes: int, name: str = "disk") -> Iterator[Path]:
     """A new file system, mounted below ``directory`` while the context lasts."""
-    image, place = directory / "disk.img", directory / "disk"
+    image, place = directory / "disk.img", directory / name
     with image.open("wb") as file:
         file.truncate(size_bytes)
     place.mkdir()
@@ -25,3 +27,17 @@ def small_disk(directory: Path, *mkfs: str, size_bytes: int) -> Iterator[Path]:
     finally:
         subprocess.run(["umount", place], check=True)
         image.unlink()
+
+
+def fill(file: Path) -> None:
+    """Write a file until the disk has not a byte left."""
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT)
+    try:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while os.write(fd, bytes(size)):
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    finally:
+        os.close(fd)

@@ -9,6 +9,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from services.common.disk import NO_FLOOR
 from services.common.errors import ResourceExhausted
 from services.containerd.content.digest import hasher, split_digest
 from services.containerd.content.store import CHUNK_BYTES
@@ -16,16 +17,23 @@ from services.containerd.content.store import CHUNK_BYTES
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from services.common.disk import DiskFloor
+
+
+_CHECKED_BYTES = 8 << 20
+
 
 class IngestFile:
     """An open data file: appended to, hashed while written, sealed before it becomes a blob."""
 
-    def __init__(self, directory: Path, *, expected: str = "") -> None:
+    def __init__(self, directory: Path, *, expected: str = "", floor: DiskFloor = NO_FLOOR) -> None:
         """Open the file, make it if need be, and hash what an earlier writer left in it.
 
         What was left may be damaged after a power cut; the digest tells, at the commit.
         """
         self.path = directory / "data"
+        self._floor = floor
+        self._unchecked_bytes = 0  # written since there was last looked for room
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._rehash(expected)
@@ -39,8 +47,12 @@ class IngestFile:
         """Write ``data`` at the end.
 
         Raises:
-            ResourceExhausted: the disk is full.
+            ResourceExhausted: the disk is full, or so full that nothing more may come in.
         """
+        self._unchecked_bytes += len(data)
+        if self._unchecked_bytes > _CHECKED_BYTES:
+            self._floor.require()
+            self._unchecked_bytes = 0
         view = memoryview(data)
         try:
             while view:

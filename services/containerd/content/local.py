@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from services.common.disk import NO_FLOOR
 from services.common.errors import (
     AlreadyExists,
     InvalidArgument,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from services.common.database import Database
+    from services.common.disk import DiskFloor
     from services.containerd.events.sink import EventSink
     from services.containerd.gc.lock import GcLock
 
@@ -78,6 +80,7 @@ class LocalContentStore:
         db: the open database.
         events: where what happens to blobs is told.
         gc_lock: held shared around each pair of file and row.
+        floor: how much room data has to leave on the disk.
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
@@ -88,6 +91,7 @@ class LocalContentStore:
         *,
         events: EventSink,
         gc_lock: GcLock,
+        floor: DiskFloor = NO_FLOOR,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._blobs = root / "content" / "blobs"
@@ -95,6 +99,7 @@ class LocalContentStore:
         self._db = db
         self._events = events
         self._gc_lock = gc_lock
+        self._floor = floor
         self._trace = trace
         self._blob_locks: KeyedLock[str] = KeyedLock()
         # The refs that are taken; None while the writer is being opened.
@@ -299,7 +304,9 @@ class LocalContentStore:
 
     async def open_file(self, ingest_id: str, expected: str) -> IngestFile:
         """Open the data file of an ingest."""
-        return await asyncio.to_thread(IngestFile, self._ingests / ingest_id, expected=expected)
+        return await asyncio.to_thread(
+            IngestFile, self._ingests / ingest_id, expected=expected, floor=self._floor
+        )
 
     async def _open(
         self, namespace: str, ref: str, *, total_bytes: int, expected: str
@@ -316,6 +323,7 @@ class LocalContentStore:
         ingest_id = secrets.token_hex(16) if row is None else str(row["id"])
         file = None
         if have is None and shared_bytes is None:
+            await asyncio.to_thread(self._floor.require, total_bytes)
             algorithm_of = expected or (row["expected"] if row is not None else "")
             file = await self.open_file(ingest_id, algorithm_of)
             self._trace("ingest opened")

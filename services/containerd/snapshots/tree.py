@@ -8,13 +8,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.common import linux
 from services.containerd.snapshots.snapshotter import Usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's: stat(3type)
 _RUBBISH = "rm-"
@@ -76,11 +79,11 @@ def sync(directory: Path) -> None:
 
 def put_aside(directory: Path) -> Path | None:
     """Rename a directory so that it is rubbish for all to see; None if it is not there."""
-    place = Path(tempfile.mkdtemp(prefix=f"{_RUBBISH}{directory.name}-", dir=directory.parent))
+    # No new directory to rename it over: on a full disk there is no room for one.
+    place = directory.with_name(f"{_RUBBISH}{directory.name}-{secrets.token_hex(4)}")
     try:
         return directory.rename(place)
     except FileNotFoundError:
-        place.rmdir()
         return None
 
 

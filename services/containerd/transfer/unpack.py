@@ -7,12 +7,14 @@ that want the same chain id at once, one unpacks it, and the other one waits and
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import TYPE_CHECKING
 
 import structlog
 
+from services.common.disk import NO_FLOOR
 from services.common.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, TheseusError
 from services.containerd.content.digest import chain_ids
 from services.containerd.content.labels import UNCOMPRESSED
@@ -25,6 +27,7 @@ from services.containerd.uninterrupted import uninterrupted
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from services.common.disk import DiskFloor
     from services.containerd.content.descriptor import Descriptor
     from services.containerd.content.store import ContentStore
     from services.containerd.diff.applier import Applier
@@ -48,6 +51,7 @@ class LayerUnpacker:
         applier: unpacks one layer.
         leases: keep snapshots that were there already from the collector.
         default: the snapshotter of requests that name none.
+        floor: how much room layers have to leave.
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
@@ -59,6 +63,7 @@ class LayerUnpacker:
         leases: Leases,
         *,
         default: str,
+        floor: DiskFloor = NO_FLOOR,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._content = content
@@ -66,6 +71,7 @@ class LayerUnpacker:
         self._applier = applier
         self._leases = leases
         self._default = default
+        self._floor = floor
         self._trace = trace
         self._locks: KeyedLock[tuple[str, str, str]] = KeyedLock()
 
@@ -122,6 +128,7 @@ class LayerUnpacker:
         self, namespace: str, target: Snapshotter, layer: UnpackLayer, chain_id: str, parent: str
     ) -> None:
         began = time.monotonic()
+        await asyncio.to_thread(self._floor.require)
         key = f"extract-{secrets.token_hex(6)} {chain_id}"
         labels = {
             name: value

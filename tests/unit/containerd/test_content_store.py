@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from services.common.database import Database
+from services.common.disk import DiskFloor
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -27,6 +28,7 @@ from services.containerd.gc.lock import GcLock
 from services.containerd.leases.lease import current_lease
 from services.containerd.metadata import leases
 from services.containerd.metadata.schema import MIGRATIONS
+from tests.fakes.metadata import open_metadata
 
 if TYPE_CHECKING:
     import sqlite3
@@ -349,6 +351,27 @@ async def test_release_spares_what_a_namespace_still_has(node: Node) -> None:
     await put(node)
     assert await node.store.release([DIGEST]) == 0
     assert await node.store.read("a", DIGEST) == DATA
+
+
+async def test_data_that_the_disk_has_no_room_for_is_refused_before_it_comes(
+    tmp_path: Path,
+) -> None:
+    async with open_metadata(tmp_path) as meta:
+        floor = DiskFloor(tmp_path, 1 << 20)
+        store = LocalContentStore(
+            tmp_path, meta.db, events=meta.journal, gc_lock=GcLock(), floor=floor
+        )
+        with pytest.raises(ResourceExhausted, match="must stay free"):
+            await store.writer("a", "big", total_bytes=1 << 50)
+        assert await store.statuses("a") == []
+        assert list((tmp_path / "content/ingest").iterdir()) == []
+        async with await store.writer("a", "grows") as writer:
+            await writer.write(b"x")
+            store._floor._floor_bytes = 1 << 60  # others have filled the disk
+            with pytest.raises(ResourceExhausted, match="must stay free"):
+                for _ in range(20):
+                    await writer.write(bytes(1 << 20))
+            assert writer.offset_bytes < 10 << 20
 
 
 async def test_update_follows_the_field_mask(node: Node) -> None:
