@@ -311,7 +311,7 @@ class Shim:
 
 
 def _process_state(process: Process, status: Status) -> registry_pb2.ProcessState:
-    record = process.exit
+    record, stdio = process.exit, process.stdio
     return registry_pb2.ProcessState(
         container_id=process.container_id,
         exec_id=process.exec_id,
@@ -320,4 +320,7 @@ def _process_state(process: Process, status: Status) -> registry_pb2.ProcessStat
         exit_status=record.status if record else 0,
         exited_at=timestamp(record.exited_at_ns) if record else None,
         exit_status_lost=bool(record and record.lost),
+        streams=registry_pb2.ProcessState.Streams(
+            stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, terminal=stdio.terminal
+        ),
     )

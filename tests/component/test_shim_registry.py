@@ -50,7 +50,7 @@ async def run_to_the_end(shim, fake):
 async def test_hello_says_everything(maker, fake):
     registry = FakeRegistry(maker.registry_socket)
     shim = await maker.start(maker.bundle(plain_spec("/bin/sleep", "1000")))
-    await shim.create(binary=fake.path)
+    await shim.create(binary=fake.path, stdin="theseus-stream:")
     started = await shim.start()
     await shim.exec("e", ["/bin/true"])
     await shim.wait("e")
@@ -64,6 +64,7 @@ async def test_hello_says_everything(maker, fake):
     assert hello.bundle == str(shim.bundle)
     init, process = hello.processes
     assert (init.exec_id, init.pid, init.status) == ("", started.pid, "running")
+    assert (init.streams.stdin, init.streams.terminal) == ("theseus-stream:", False)
     assert (process.exec_id, process.status, process.exit_status) == ("e", "stopped", 0)
     assert (hello.first_seq, hello.last_seq) == (1, 5)
     await registry.wait_for(lambda r: len(r.events) == 5)

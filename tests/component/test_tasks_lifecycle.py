@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
+from protos.containerd.task.v3 import shim_pb2 as pb_shim
 from protos.containerd.types import descriptor_pb2, mount_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from protos.containerd.types.task import task_pb2
@@ -237,6 +238,50 @@ async def test_a_list_does_not_wait_for_a_shim_that_hangs(
         "good": task_pb2.RUNNING,
         "stuck": task_pb2.UNKNOWN,
     }
+
+
+async def test_a_list_asks_each_shim_once_for_as_long_as_nothing_happens(
+    node: TaskNode, client: TaskClient
+) -> None:
+    shims = [await node.running(f"c{number}") for number in range(3)]
+
+    async def listed() -> list[task_pb2.Status]:
+        answer = await client.tasks.List(pb.ListTasksRequest(), timeout=5)
+        return [task.status for task in answer.tasks]
+
+    def asked() -> list[int]:
+        return [shim.calls.count("State") for shim in shims]
+
+    assert await listed() == [task_pb2.RUNNING] * 3
+    assert await listed() == [task_pb2.RUNNING] * 3
+    assert asked() == [1, 1, 1]
+    await client.tasks.Pause(pb.PauseTaskRequest(container_id="c0"), timeout=5)
+    assert await listed() == [task_pb2.PAUSED, task_pb2.RUNNING, task_pb2.RUNNING]
+    waiting = client.tasks.Wait(pb.WaitRequest(container_id="c1"), timeout=5)
+    await shims[1].exit("", 3)  # by itself: only its event, or a Wait, tells of it
+    await waiting
+    assert await listed() == [task_pb2.PAUSED, task_pb2.STOPPED, task_pb2.RUNNING]
+    await shims[2].exit("", 0)
+    await shims[2].acknowledged(shims[2].last_seq)
+    assert (await listed())[2] == task_pb2.STOPPED
+    assert all(asked())
+    before = asked()
+    await listed()
+    assert asked() == before
+
+
+async def test_a_restart_lists_what_shims_say_when_they_come_back(node: TaskNode) -> None:
+    shim = await node.running("c1")
+    shim.tells_streams = True
+    shim.processes[""].request = pb_shim.CreateTaskRequest(stdout="file:///log")
+    await node.restart()
+    await shim.registered(2)
+    before = shim.calls.count("State")
+    async with node.client() as client:
+        (found,) = (await client.tasks.List(pb.ListTasksRequest(), timeout=5)).tasks
+    assert (found.id, found.pid, found.status) == ("c1", shim.processes[""].pid, task_pb2.RUNNING)
+    assert found.stdout == "file:///log"
+    assert shim.calls.count("State") == before
 
 
 async def test_two_deletions_are_one(node: TaskNode, client: TaskClient) -> None:

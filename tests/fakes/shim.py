@@ -108,6 +108,7 @@ class FakeShim(
         self.calls: list[str] = []
         self.registering = True
         self.ignore_acks = False
+        self.tells_streams = False
         self.acked = 0
         self.last_seq = 0
         self.welcomes: list[registry_pb2.Welcome] = []
@@ -327,6 +328,11 @@ class FakeShim(
                     pid=process.pid,
                     status=process.status,
                     exit_status=process.exit_status or 0,
+                    streams=registry_pb2.ProcessState.Streams(
+                        stdout=getattr(process.request, "stdout", "")
+                    )
+                    if self.tells_streams
+                    else None,
                 )
                 for process in self.processes.values()
             ],

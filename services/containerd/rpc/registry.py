@@ -11,7 +11,7 @@ from services.common.errors import InvalidArgument
 from services.containerd.rpc.encoding import nanoseconds
 from services.containerd.tasks.journal import ShimEvent
 from services.containerd.tasks.registration import Hello, HelloProcess
-from services.containerd.tasks.shim import ProcessExit
+from services.containerd.tasks.shim import ProcessExit, Stdio
 from services.containerd.typed import TypedValue
 
 if TYPE_CHECKING:
@@ -97,4 +97,10 @@ def _process_from_pb(message: pb.ProcessState) -> HelloProcess:
     end = None
     if message.status == "stopped" and not message.exit_status_lost:
         end = ProcessExit(message.exit_status, nanoseconds(message.exited_at), message.pid)
-    return HelloProcess(message.container_id, message.exec_id, message.pid, message.status, end)
+    stdio = None
+    if message.HasField("streams"):
+        told = message.streams
+        stdio = Stdio(told.stdin, told.stdout, told.stderr, told.terminal)
+    return HelloProcess(
+        message.container_id, message.exec_id, message.pid, message.status, end, stdio
+    )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from services.containerd.tasks.bundle import Bundle
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.tasks.registration import ShimSession
-    from services.containerd.tasks.shim import ProcessExit, Shim
+    from services.containerd.tasks.shim import ProcessExit, ProcessState, Shim
 
 
 class Standing(Enum):
@@ -89,6 +89,8 @@ class KnownShim:
         self.shim: Shim | None = None
         self.session: ShimSession | None = None
         self.exits: dict[str, ProcessExit] = {}
+        self._state: ProcessState | None = None
+        self._state_changes = 0
         self.removal = asyncio.Lock()
         self.dismissed: Mapping[str, Any] | None = None
         self.deletion_told = asyncio.Event()
@@ -125,6 +127,34 @@ class KnownShim:
                 await changed.wait()
         except TimeoutError:
             return
+
+    async def state(self) -> ProcessState:
+        """State of init, from its shim if need be.
+
+        A shim whose stream stands tells of every change, so one that was asked, or has said Hello,
+        need not be asked again before an event comes.
+
+        Raises:
+            TheseusError: as :meth:`ready`, and what the shim answers.
+        """
+        shim = await self.ready()
+        if self._state is not None and self._standing is Standing.REGISTERED:
+            return self._state
+        changes = self._state_changes
+        state = await shim.state("")
+        if changes == self._state_changes and self.session is not None:
+            self._state = state
+        return state
+
+    def remember_state(self, state: ProcessState | None) -> None:
+        """Take in what the shim says of init on its own account."""
+        self.forget_state()
+        self._state = state
+
+    def forget_state(self) -> None:
+        """The state of init is another one, or may be."""
+        self._state = None
+        self._state_changes += 1
 
     async def settled(self) -> None:
         """Return once it is neither expected nor being adopted or buried."""

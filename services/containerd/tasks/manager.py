@@ -266,7 +266,7 @@ class TaskManager:
         before = known.exits.get(exec_id)
         while True:
             try:
-                return await (await known.ready()).wait(exec_id)
+                ended = await (await known.ready()).wait(exec_id)
             except (Unavailable, DeadlineExceeded, Cancelled) as error:
                 log.debug("wait is asked again", container=container_id, reason=error.message)
             except NotFound:
@@ -275,6 +275,10 @@ class TaskManager:
                 if end is None or end is before:
                     raise
                 return end
+            else:
+                if not exec_id:  # its event may be still on the way
+                    known.forget_state()
+                return ended
             await known.change(timeout_s=pause_s)
             pause_s = min(pause_s * 2, _WAIT_AGAIN_MAX_S)
 
@@ -328,7 +332,11 @@ class TaskManager:
     async def _ask(
         self, namespace: str, container_id: str, question: Callable[[Shim], Awaitable[T]]
     ) -> T:
-        """Ask a task's shim, once it is there; again if it goes away over the question."""
+        """Ask a task's shim, once it is there; again if it goes away over the question.
+
+        Whatever comes of it, the state of init is looked at anew: the answer is here before the
+        event.
+        """
         await self._containers.get(namespace, container_id)
         known = self._shims.get(namespace, container_id)
         deadline = time.monotonic() + _ASK_AGAIN_S
@@ -340,6 +348,8 @@ class TaskManager:
                 if time.monotonic() > deadline:
                     raise
                 log.debug("question is asked again", container=known.id, reason=error.message)
+            finally:
+                known.forget_state()
             await known.change(timeout_s=_WAIT_AGAIN_S)
 
     async def _ask_all(
@@ -356,7 +366,7 @@ class TaskManager:
     async def _state_of(self, known: KnownShim) -> ProcessState | None:
         try:
             async with asyncio.timeout(_STATE_S):
-                return await (await known.ready()).state("")
+                return await known.state()
         except NotFound:
             return None
         except (TimeoutError, TheseusError):

@@ -17,30 +17,58 @@ import structlog
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.containerd.tasks.journal import TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXIT
 from services.containerd.tasks.known import Standing
+from services.containerd.tasks.shim import ProcessState, TaskStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from services.containerd.tasks.journal import ShimEvent, TaskJournal
     from services.containerd.tasks.known import KnownShim
-    from services.containerd.tasks.shim import ProcessExit
+    from services.containerd.tasks.shim import ProcessExit, Stdio
 
 log = structlog.get_logger(__name__)
 
 PROTOCOL = 1
 _BATCH_MAX = 256
+_WITHOUT_CHANGE = frozenset({"/tasks/exec-started", "/tasks/oom"})
+_STATUS = {
+    "created": TaskStatus.CREATED,
+    "running": TaskStatus.RUNNING,
+    "paused": TaskStatus.PAUSED,
+    "stopped": TaskStatus.STOPPED,
+}
 _INSTANCE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
 class HelloProcess:
-    """A process as its shim reports it. ``exit`` is set once it has stopped, unless it is lost."""
+    """A process as its shim reports it.
+
+    ``exit`` is set once it has stopped, unless it is lost. ``stdio`` is None where the shim does
+    not tell.
+    """
 
     container_id: str
     exec_id: str
     pid: int
     status: str
     exit: ProcessExit | None = None
+    stdio: Stdio | None = None
+
+    def state(self) -> ProcessState | None:
+        """As its shim would say if it were asked; None where that is not all here."""
+        status = _STATUS.get(self.status)
+        is_lost = status is TaskStatus.STOPPED and self.exit is None
+        if self.stdio is None or status is None or is_lost:
+            return None
+        return ProcessState(
+            id=self.exec_id or self.container_id,
+            pid=self.pid,
+            status=status,
+            stdio=self.stdio,
+            exit_status=self.exit.exit_status if self.exit else 0,
+            exited_at_ns=self.exit.exited_at_ns if self.exit else 0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +232,11 @@ def note_events(known: KnownShim, events: list[ShimEvent], journal: TaskJournal)
             notice = journal.codec.decode_exit(event.event)
             if notice is not None and notice.exit is not None:
                 known.exits[notice.exec_id] = notice.exit
+            if notice is None or not notice.exec_id:
+                known.forget_state()
         elif event.topic == TOPIC_EXEC_ADDED:
             known.exits.pop(journal.codec.decode_exec_added(event.event), None)
         elif event.topic == TOPIC_DELETE:
             known.deletion_told.set()
+        elif event.topic not in _WITHOUT_CHANGE:
+            known.forget_state()

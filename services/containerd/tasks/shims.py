@@ -401,7 +401,10 @@ class ShimManager:
         self._keeper.meet(
             known, ProcessId(hello.pid, hello.start_time), hello.address, hello.version
         )
+        known.forget_state()
         for process in hello.processes:
+            if not process.exec_id:
+                known.remember_state(process.state())
             if process.exit is not None:
                 known.exits[process.exec_id] = process.exit
         if known.standing in (Standing.STARTING, Standing.REPLACING, Standing.REMOVING):
@@ -423,6 +426,7 @@ class ShimManager:
         if known.session is not session:
             return
         known.session = None
+        known.forget_state()
         if known.standing is Standing.REGISTERED and not self._draining:
             known.turn(Standing.EXPECTED)
             self._background.start(self._keeper.expect(known), name=f"expect {known.id}")

@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/shim/v1/registry.proto\x12\x0ftheseus.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"n\n\x0fRegisterRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.theseus.shim.v1.HelloH\x00\x12\'\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x16.theseus.shim.v1.EventH\x00\x42\t\n\x07message\"o\n\x10RegisterResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.theseus.shim.v1.WelcomeH\x00\x12#\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x14.theseus.shim.v1.AckH\x00\x42\t\n\x07message\"\xa6\x02\n\x05Hello\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x16\n\x0epid_start_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x14\n\x0cprotocol_min\x18\t \x01(\r\x12\x14\n\x0cprotocol_max\x18\n \x01(\r\x12\x30\n\tprocesses\x18\x0b \x03(\x0b\x32\x1d.theseus.shim.v1.ProcessState\x12\x11\n\tfirst_seq\x18\x0c \x01(\x04\x12\x10\n\x08last_seq\x18\r \x01(\x04\x12\x0e\n\x06\x62undle\x18\x0e \x01(\t\"\xb0\x01\n\x0cProcessState\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\x13\n\x0b\x65xit_status\x18\x05 \x01(\r\x12-\n\texited_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x65xit_status_lost\x18\x07 \x01(\x08\"Y\n\x07Welcome\x12\x15\n\rcontainerd_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0elast_acked_seq\x18\x03 \x01(\x04\x12\x10\n\x08protocol\x18\x04 \x01(\r\"w\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12-\n\ttimestamp\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05topic\x18\x03 \x01(\t\x12#\n\x05\x65vent\x18\x04 \x01(\x0b\x32\x14.google.protobuf.Any\"\x12\n\x03\x41\x63k\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x32_\n\x08Registry\x12S\n\x08Register\x12 .theseus.shim.v1.RegisterRequest\x1a!.theseus.shim.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%protos/theseus/shim/v1/registry.proto\x12\x0ftheseus.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"n\n\x0fRegisterRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.theseus.shim.v1.HelloH\x00\x12\'\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x16.theseus.shim.v1.EventH\x00\x42\t\n\x07message\"o\n\x10RegisterResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.theseus.shim.v1.WelcomeH\x00\x12#\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x14.theseus.shim.v1.AckH\x00\x42\t\n\x07message\"\xa6\x02\n\x05Hello\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x16\n\x0epid_start_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x14\n\x0cprotocol_min\x18\t \x01(\r\x12\x14\n\x0cprotocol_max\x18\n \x01(\r\x12\x30\n\tprocesses\x18\x0b \x03(\x0b\x32\x1d.theseus.shim.v1.ProcessState\x12\x11\n\tfirst_seq\x18\x0c \x01(\x04\x12\x10\n\x08last_seq\x18\r \x01(\x04\x12\x0e\n\x06\x62undle\x18\x0e \x01(\t\"\xb4\x02\n\x0cProcessState\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\x13\n\x0b\x65xit_status\x18\x05 \x01(\r\x12-\n\texited_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x65xit_status_lost\x18\x07 \x01(\x08\x12\x36\n\x07streams\x18\x08 \x01(\x0b\x32%.theseus.shim.v1.ProcessState.Streams\x1aJ\n\x07Streams\x12\r\n\x05stdin\x18\x01 \x01(\t\x12\x0e\n\x06stdout\x18\x02 \x01(\t\x12\x0e\n\x06stderr\x18\x03 \x01(\t\x12\x10\n\x08terminal\x18\x04 \x01(\x08\"Y\n\x07Welcome\x12\x15\n\rcontainerd_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0elast_acked_seq\x18\x03 \x01(\x04\x12\x10\n\x08protocol\x18\x04 \x01(\r\"w\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12-\n\ttimestamp\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05topic\x18\x03 \x01(\t\x12#\n\x05\x65vent\x18\x04 \x01(\x0b\x32\x14.google.protobuf.Any\"\x12\n\x03\x41\x63k\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x32_\n\x08Registry\x12S\n\x08Register\x12 .theseus.shim.v1.RegisterRequest\x1a!.theseus.shim.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,13 +40,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=344
   _globals['_HELLO']._serialized_end=638
   _globals['_PROCESSSTATE']._serialized_start=641
-  _globals['_PROCESSSTATE']._serialized_end=817
-  _globals['_WELCOME']._serialized_start=819
-  _globals['_WELCOME']._serialized_end=908
-  _globals['_EVENT']._serialized_start=910
-  _globals['_EVENT']._serialized_end=1029
-  _globals['_ACK']._serialized_start=1031
-  _globals['_ACK']._serialized_end=1049
-  _globals['_REGISTRY']._serialized_start=1051
-  _globals['_REGISTRY']._serialized_end=1146
+  _globals['_PROCESSSTATE']._serialized_end=949
+  _globals['_PROCESSSTATE_STREAMS']._serialized_start=875
+  _globals['_PROCESSSTATE_STREAMS']._serialized_end=949
+  _globals['_WELCOME']._serialized_start=951
+  _globals['_WELCOME']._serialized_end=1040
+  _globals['_EVENT']._serialized_start=1042
+  _globals['_EVENT']._serialized_end=1161
+  _globals['_ACK']._serialized_start=1163
+  _globals['_ACK']._serialized_end=1181
+  _globals['_REGISTRY']._serialized_start=1183
+  _globals['_REGISTRY']._serialized_end=1278
 # @@protoc_insertion_point(module_scope)

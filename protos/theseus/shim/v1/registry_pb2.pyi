@@ -168,6 +168,35 @@ class ProcessState(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Streams(_message.Message):
+        """Where standard streams go, as Create or Exec was told: a path, a URI, or empty for /dev/null."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STDIN_FIELD_NUMBER: _builtins.int
+        STDOUT_FIELD_NUMBER: _builtins.int
+        STDERR_FIELD_NUMBER: _builtins.int
+        TERMINAL_FIELD_NUMBER: _builtins.int
+        stdin: _builtins.str
+        stdout: _builtins.str
+        stderr: _builtins.str
+        terminal: _builtins.bool
+        """Whether they are a terminal."""
+        def __init__(
+            self,
+            *,
+            stdin: _builtins.str = ...,
+            stdout: _builtins.str = ...,
+            stderr: _builtins.str = ...,
+            terminal: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "terminal", b"terminal"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     EXEC_ID_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
@@ -175,6 +204,7 @@ class ProcessState(_message.Message):
     EXIT_STATUS_FIELD_NUMBER: _builtins.int
     EXITED_AT_FIELD_NUMBER: _builtins.int
     EXIT_STATUS_LOST_FIELD_NUMBER: _builtins.int
+    STREAMS_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     """Id of the container."""
     exec_id: _builtins.str
@@ -189,6 +219,10 @@ class ProcessState(_message.Message):
     """True when it ended and nobody can know how; exit_status then means nothing."""
     @_builtins.property
     def exited_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def streams(self) -> Global___ProcessState.Streams:
+        """Its standard streams; missing in what an older shim says, and in events."""
+
     def __init__(
         self,
         *,
@@ -199,10 +233,11 @@ class ProcessState(_message.Message):
         exit_status: _builtins.int = ...,
         exited_at: _timestamp_pb2.Timestamp | None = ...,
         exit_status_lost: _builtins.bool = ...,
+        streams: Global___ProcessState.Streams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exited_at", b"exited_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exited_at", b"exited_at", "streams", b"streams"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "exit_status", b"exit_status", "exit_status_lost", b"exit_status_lost", "exited_at", b"exited_at", "pid", b"pid", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "exit_status", b"exit_status", "exit_status_lost", b"exit_status_lost", "exited_at", b"exited_at", "pid", b"pid", "status", b"status", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
