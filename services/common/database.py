@@ -4,7 +4,8 @@ The event loop never waits for the disk: ``await db.write(fn)`` hands ``fn`` to 
 which runs every function that is waiting in a savepoint of its own, commits once for all of them
 (WAL, ``synchronous=FULL``: an fsync) and only then wakes their callers. A function that raises is
 rolled back alone. Functions are plain, so a transaction can never span an await or another tier's
-call. ``await db.read(fn)`` runs on a second connection, which sees the last commit.
+call. ``await db.read(fn)`` runs on a second connection, which sees the last commit, in a thread;
+``db.look(fn)`` on a third one, on the loop, for a row or two.
 
 On a full disk the reserve, if there is one, is released and the group of transactions run again:
 functions must be fit for that, as they must for a rollback.
@@ -65,6 +66,7 @@ class Database:
         self._writer: threading.Thread | None = None
         self._reader_pool = ThreadPoolExecutor(1, f"{path.stem}-reader")
         self._reader: sqlite3.Connection | None = None
+        self._looker: sqlite3.Connection | None = None
 
     def open(self, migrations: Sequence[str], *, downgrades_from: int = 1) -> None:
         """Open the file, create it if need be, and bring its schema up to date. Blocks.
@@ -85,6 +87,7 @@ class Database:
             writer.close()
             raise
         self._reader = _connect(self.path)
+        self._looker = _connect(self.path)
         self._writer = threading.Thread(
             target=self._write_loop, args=(writer,), name=f"{self.path.stem}-writer", daemon=True
         )
@@ -107,14 +110,24 @@ class Database:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reader_pool, self._read, function)
 
+    def look(self, function: Callable[[Transaction], T]) -> T:
+        """As :meth:`read`, at once and on the loop: for what takes a few rows by their keys.
+
+        That is some 20 microseconds, a tenth of the way to a thread and back. Readers of a WAL
+        never wait for the writer.
+        """
+        assert self._looker is not None, "the database is not open"
+        return _run_snapshot(self._looker, function)
+
     def close(self) -> None:
         """Let waiting transactions commit, then close. Blocks."""
         self._requests.put(None)
         if self._writer is not None:
             self._writer.join()
         self._reader_pool.shutdown()
-        if self._reader is not None:
-            self._reader.close()
+        for connection in (self._reader, self._looker):
+            if connection is not None:
+                connection.close()
 
     def _migrate(
         self, writer: sqlite3.Connection, migrations: Sequence[str], downgrades_from: int
@@ -135,11 +148,7 @@ class Database:
 
     def _read(self, function: Callable[[Transaction], T]) -> T:
         assert self._reader is not None, "the database is not open"
-        self._reader.execute("BEGIN")
-        try:
-            return function(self._reader)
-        finally:
-            self._reader.execute("ROLLBACK")
+        return _run_snapshot(self._reader, function)
 
     def _write_loop(self, connection: sqlite3.Connection) -> None:
         running = True
@@ -223,6 +232,14 @@ def _is_disk_full(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) and (
         getattr(error, "sqlite_errorcode", None) in _DISK_FULL
     )
+
+
+def _run_snapshot(connection: sqlite3.Connection, function: Callable[[Transaction], T]) -> T:
+    connection.execute("BEGIN")
+    try:
+        return function(connection)
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def _run_in_savepoint(

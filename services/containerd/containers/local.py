@@ -43,7 +43,7 @@ class LocalContainerStore:
 
     async def get(self, namespace: str, container_id: str) -> Container:
         """See :class:`ContainerStore`."""
-        return await self._db.read(lambda tx: _require(tx, namespace, container_id))
+        return self._db.look(lambda tx: _require(tx, namespace, container_id))
 
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[Container]:
         """See :class:`ContainerStore`."""

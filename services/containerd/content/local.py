@@ -110,7 +110,7 @@ class LocalContentStore:
     async def info(self, namespace: str, digest: str) -> ContentInfo:
         """See :class:`ContentReader`."""
         split_digest(digest)
-        row = await self._db.read(lambda tx: rows.get(tx, namespace, digest))
+        row = self._db.look(lambda tx: rows.get(tx, namespace, digest))
         if row is None:
             raise _no_blob(namespace, digest)
         return info_of(row)

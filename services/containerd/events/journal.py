@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -20,13 +21,14 @@ from services.containerd.typed import TypedValue
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from services.common.database import Database
 
 log = structlog.get_logger(__name__)
 
 _BATCH = 256
+_FEW = 8
 
 
 class Truncated(OutOfRange):
@@ -170,7 +172,7 @@ class Journal:
 
     async def last_seq(self) -> int:
         """The sequence number of the newest event; 0 when there was none."""
-        return (await self._db.read(rows.bounds))[1]
+        return self._db.look(rows.bounds)[1]
 
     async def read(
         self, from_seq: int = 0, *, namespace: str = "", follow: bool = True
@@ -188,7 +190,7 @@ class Journal:
             OutOfRange: the first one wanted lies past the next one to come.
             Unavailable: the process is stopping; what it had was read.
         """
-        first, last = await self._db.read(rows.bounds)
+        first, last = self._db.look(rows.bounds)
         next_seq = from_seq or first
         if next_seq > last + 1:
             raise OutOfRange(
@@ -197,12 +199,9 @@ class Journal:
             )
         while True:
             wakeup = self._wakeup  # before the read: what commits after it, wakes us
-            batch, first = await self._db.read(
-                lambda tx, seq=next_seq: (  # type: ignore[misc]
-                    rows.read(tx, seq, limit=_BATCH),
-                    rows.bounds(tx)[0],
-                )
-            )
+            batch, first = self._db.look(partial(_read, seq=next_seq, limit=_FEW))
+            if len(batch) == _FEW:  # whoever follows finds one or two; these are more
+                batch, first = await self._db.read(partial(_read, seq=next_seq, limit=_BATCH))
             if next_seq < first:
                 raise Truncated(next_seq, first)
             for row in batch:
@@ -247,3 +246,8 @@ def _from_row(row: sqlite3.Row) -> JournalEntry:
         topic=row["topic"],
         event=TypedValue(row["type_url"], row["value"]),
     )
+
+
+def _read(tx: sqlite3.Connection, *, seq: int, limit: int) -> tuple[Sequence[sqlite3.Row], int]:
+    """Events from ``seq`` on, and the number of the oldest that there is."""
+    return rows.read(tx, seq, limit=limit), rows.bounds(tx)[0]

@@ -50,7 +50,7 @@ class LocalImageStore:
 
     async def get(self, namespace: str, name: str) -> Image:
         """See :class:`ImageStore`."""
-        return await self._db.read(lambda tx: _require(tx, namespace, name))
+        return self._db.look(lambda tx: _require(tx, namespace, name))
 
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[Image]:
         """See :class:`ImageStore`."""

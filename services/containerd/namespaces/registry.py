@@ -43,7 +43,7 @@ class Namespaces:
 
     async def get(self, name: str) -> Namespace:
         """A namespace by its name; one that does not exist has no labels, as upstream has it."""
-        labels = await self._db.read(lambda tx: rows.get(tx, name))
+        labels = self._db.look(lambda tx: rows.get(tx, name))
         return Namespace(name, labels or {})
 
     async def find(self) -> list[Namespace]:

@@ -137,7 +137,7 @@ class RecordedSnapshotter(ABC):
 
     async def stat(self, namespace: str, key: str) -> SnapshotInfo:
         """See :class:`Snapshotter`."""
-        return _info(await self._db.read(lambda tx: rows.get(tx, self._space(namespace), key)))
+        return _info(self._db.look(lambda tx: rows.get(tx, self._space(namespace), key)))
 
     async def infos(self, namespace: str) -> list[SnapshotInfo]:
         """See :class:`Snapshotter`."""
@@ -171,7 +171,7 @@ class RecordedSnapshotter(ABC):
             row = rows.get(tx, self._space(namespace), key)
             return row, rows.ancestors(tx, row.id)
 
-        row, ancestors = await self._db.read(look)
+        row, ancestors = self._db.look(look)
         if row.kind == Kind.COMMITTED:
             raise FailedPrecondition(
                 f"snapshot {key!r} is committed and has no mounts: make a view on it"
@@ -257,7 +257,7 @@ class RecordedSnapshotter(ABC):
                 return taken[0], None
             return "", rows.get_parent(tx, space, parent) if parent else None
 
-        taken, parent_row = await self._db.read(look)
+        taken, parent_row = self._db.look(look)
         if taken:
             await self._refuse(namespace, taken, lease)
 

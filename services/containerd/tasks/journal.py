@@ -112,7 +112,7 @@ class TaskJournal:
 
     async def progress(self, instance_id: str) -> int:
         """Sequence number of the last event of a shim that is in the journal; 0 for none."""
-        return await self._db.read(lambda tx: self._journal.shim_progress(tx, instance_id))
+        return self._db.look(lambda tx: self._journal.shim_progress(tx, instance_id))
 
     async def exits(self, instance_id: str) -> dict[str, ProcessExit | None]:
         """How processes of a shim ended, by exec id; None: lost, and reported so."""

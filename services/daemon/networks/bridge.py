@@ -87,7 +87,7 @@ class BridgeNetwork:
 
     async def detach(self, container_id: str) -> None:
         """See :meth:`Network.detach`."""
-        row = await self._db.read(partial(rows.get, container_id=container_id))
+        row = self._db.look(partial(rows.get, container_id=container_id))
         if row is None:
             return
         endpoint = self._endpoint(row)

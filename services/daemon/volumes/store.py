@@ -113,7 +113,7 @@ class VolumeStore:
         Raises:
             NotFound: there is none of this name.
         """
-        row = await self._db.read(partial(rows.get, name=name))
+        row = self._db.look(partial(rows.get, name=name))
         if row is None:
             raise _not_found("get", name)
         return self._volume(row)

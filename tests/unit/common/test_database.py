@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 
 import pytest
 
@@ -43,6 +44,32 @@ async def test_a_failed_write_is_undone_alone(db):
     )
     assert isinstance(results[1], ValueError)
     assert await db.read(names) == ["a", "b"]
+
+
+async def test_a_look_sees_what_is_committed_and_leaves_nothing_open(db):
+    assert db.look(names) == []
+    await db.write(insert("a"))
+    assert db.look(names) == ["a"]
+    with pytest.raises(ZeroDivisionError):
+        db.look(lambda _: 1 // 0)
+    await db.write(insert("b"))
+    assert db.look(names) == ["a", "b"]
+
+
+async def test_a_look_does_not_wait_for_a_write_under_way(db):
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(tx):
+        insert("a")(tx)
+        begun.set()
+        assert done.wait(10)
+
+    writing = asyncio.ensure_future(db.write(slow))
+    await asyncio.to_thread(begun.wait, 10)
+    assert db.look(names) == []
+    done.set()
+    await writing
+    assert db.look(names) == ["a"]
 
 
 async def test_a_constraint_is_the_writers_own_error(db):
