@@ -14,6 +14,7 @@ import structlog
 
 import services
 from services.common import errors
+from services.common.background import Background
 from services.common.errors import Internal, TheseusError
 from services.containerd.uninterrupted import uninterrupted
 
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 _WORKER = "services.containerd.diff.worker"
 _END_S = 5.0
+_IDLE_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,13 +42,23 @@ class JobResult:
 class WorkerPool:
     """Runs jobs of :mod:`.worker`, as many at once as there are workers; the others wait.
 
-    Workers start when they are needed, and stay. One whose job is cancelled, or that dies, is
-    replaced. Use as an async context manager: none is left behind.
+    Workers start when they are needed, and stay until they had no work for a while. One whose job
+    is cancelled, or that dies, is replaced. Use as an async context manager: none is left behind.
+
+    Args:
+        size: how many at most.
+        program: what they run, if not this version of ours.
+        idle_s: time without work after which one ends; each has 20 MiB.
     """
 
-    def __init__(self, size: int = 2, *, program: Sequence[str] = ()) -> None:
+    def __init__(
+        self, size: int = 2, *, program: Sequence[str] = (), idle_s: float = _IDLE_S
+    ) -> None:
         self._free = asyncio.Semaphore(size)
-        self._idle: list[asyncio.subprocess.Process] = []
+        # With the timers that end them; the one that worked last is the first to work again.
+        self._idle: dict[asyncio.subprocess.Process, asyncio.TimerHandle] = {}
+        self._idle_s = idle_s
+        self._background = Background()
         self._all: set[asyncio.subprocess.Process] = set()
         self._program = tuple(program) or (sys.executable, "-P", "-m", _WORKER)
 
@@ -64,6 +76,7 @@ class WorkerPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        await self._background.stop()
         for process in list(self._all):
             await uninterrupted(self._end(process))
 
@@ -76,14 +89,30 @@ class WorkerPool:
         """
         line = json.dumps({"job": job, **arguments}, default=_plain).encode() + b"\n"
         async with self._free:
-            process = self._idle.pop() if self._idle else await self._start()
+            process = self._take() or await self._start()
             try:
                 answer = await self._ask(process, line)
             except BaseException:
                 await uninterrupted(self._end(process))
                 raise
-            self._idle.append(process)
+            self._lay_by(process)
         return _result(answer)
+
+    def _take(self) -> asyncio.subprocess.Process | None:
+        if not self._idle:
+            return None
+        process, timer = self._idle.popitem()
+        timer.cancel()
+        return process
+
+    def _lay_by(self, process: asyncio.subprocess.Process) -> None:
+        def let_go() -> None:
+            del self._idle[process]
+            log.debug("idle worker ends", pid=process.pid)
+            name = f"end of worker {process.pid}"
+            self._background.start(uninterrupted(self._end(process)), name=name)
+
+        self._idle[process] = asyncio.get_running_loop().call_later(self._idle_s, let_go)
 
     async def _start(self) -> asyncio.subprocess.Process:
         # The worker runs the code that this process runs, wherever either was started.
@@ -118,8 +147,8 @@ class WorkerPool:
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         self._all.discard(process)
-        if process in self._idle:
-            self._idle.remove(process)
+        if (timer := self._idle.pop(process, None)) is not None:
+            timer.cancel()
         if process.returncode is None:
             process.kill()
         if process.stdin is not None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +18,11 @@ from services.containerd.content.descriptor import Descriptor
 from services.containerd.diff.local_applier import LocalApplier
 from services.containerd.diff.media_types import LAYERS, OCI_GZIP, OCI_TAR, is_layer
 from services.containerd.diff.pool import WorkerPool
+from tests.fakes.eventually import eventually
 from tests.fakes.layers import Member, folder, layer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from services.containerd.content.store import ContentReader
 
@@ -172,6 +173,20 @@ async def test_a_program_that_does_not_start_is_an_internal_error(mounts: list[M
     async with WorkerPool(1, program=["/bin/false"]) as pool:
         with pytest.raises(Internal, match="exit code 1"):
             await pool.run("apply", mounts=mounts)
+
+
+async def test_a_worker_without_work_is_let_go_and_another_one_takes_the_next_job(
+    tmp_path: Path, mounts: list[Mount]
+) -> None:
+    (tmp_path / "blob").write_bytes(layer([own("file")]))
+    async with WorkerPool(2, idle_s=0.05) as pool:
+        blob = OneBlob(tmp_path / "blob")
+        applier = LocalApplier(blob, pool, tmp_path)  # type: ignore[arg-type]
+        await asyncio.gather(*(applier.apply("test", described(), mounts) for _ in range(2)))
+        pids = pool.pids
+        await eventually(lambda: not pool.pids)
+        await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        await applier.apply("test", described(), mounts)
 
 
 async def test_rubbish_as_an_error_is_an_internal_error() -> None:
