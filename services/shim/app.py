@@ -33,6 +33,7 @@ from services.common.server import RpcServer, Service
 from services.shim import handover, packing
 from services.shim.clients.events import timestamp
 from services.shim.clients.registry import PROTOCOL
+from services.shim.clients.shared import SharedChannel
 from services.shim.config import ShimConfig
 from services.shim.member import Member
 from services.shim.members import Hosting, Members
@@ -88,6 +89,7 @@ class Shim:
         self._metrics = metrics
         self._reaper = Reaper()
         self._background = Background()
+        self._make_channel = SharedChannel(transport.make_channel)
         self._members = Members(config, self._make_member)
         self._tasks = Tasks(
             reaper=self._reaper,
@@ -261,7 +263,7 @@ class Shim:
             background=self._background,
             hello=self._hello,
             epoch_seen=lambda member: self._tasks.save(member.home),
-            make_channel=self._transport.make_channel,
+            make_channel=self._make_channel,
         )
 
     def _save(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -65,7 +65,7 @@ class RegistryClient:
         metrics: ShimMetrics,
         epoch: int,
         epoch_seen: Callable[[int], None],
-        make_channel: Callable[[Path], grpc.aio.Channel] = connect,
+        make_channel: Callable[[Path], Any] = connect,
     ) -> None:
         self.epoch = epoch
         self.registered = False
