@@ -105,7 +105,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOCAL_SNAPSHOTTERS = (OverlaySnapshotter, NativeSnapshotter)
-_JOURNAL_TRUNCATION_S = 600.0
 
 
 class App:
@@ -132,7 +131,11 @@ class App:
         self._floor = DiskFloor(config.root, config.disk_floor_bytes)
         self._db = Database(config.root / "meta.db", reserve=self._reserve)
         self._journal = Journal(
-            self._db, encode_event, keep_events=config.journal_events, keep_s=config.journal_s
+            self._db,
+            encode_event,
+            keep_events=config.journal_events,
+            keep_s=config.journal_s,
+            keep_bytes=config.journal_bytes,
         )
         self._exchange = Exchange(self._db, self._journal, event_field)
         gc_lock = GcLock()
@@ -264,7 +267,7 @@ class App:
         background.start(self._gc.run(), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
         background.start(self._reserve.keep(), name="reserve on the disk")
-        background.start(self._truncate_journal(), name="truncation of the journal")
+        background.start(self._journal.keep_bounded(), name="truncation of the journal")
         self._gc.request()
         log.info("serving", address=str(config.address), root=str(config.root), epoch=epoch)
 
@@ -389,8 +392,3 @@ class App:
                 await snapshotter.cleanup()
             except TheseusError as error:  # a service that is not there: the collector tries again
                 log.warning("not cleaned up", snapshotter=snapshotter.name, reason=error.message)
-
-    async def _truncate_journal(self) -> None:
-        while True:
-            await self._journal.truncate()
-            await asyncio.sleep(_JOURNAL_TRUNCATION_S)

@@ -47,6 +47,7 @@ class Config:
         gc_interval_s: time after which garbage is collected in any case.
         journal_events: how many events the journal keeps.
         journal_s: for how long it keeps them.
+        journal_bytes: how many bytes of them it keeps.
         max_archive_bytes: the largest archive that is imported.
         max_downloads: blobs that are fetched at once, in all; also those that are sent.
         unpack_workers: processes that unpack layers.
@@ -76,6 +77,7 @@ class Config:
     gc_interval_s: float = 300.0
     journal_events: int = 100_000
     journal_s: float = 7 * 24 * 3600.0
+    journal_bytes: int = 64 << 20
     max_archive_bytes: int = 64 << 30
     max_downloads: int = 6
     unpack_workers: int = 2
@@ -110,6 +112,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for name in (
         "containers_per_shim",
         "journal_events",
+        "journal_bytes",
         "max_archive_bytes",
         "max_downloads",
         "unpack_workers",
@@ -139,6 +142,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         gc_delay_s=given.gc_delay,
         gc_interval_s=given.gc_interval,
         journal_events=given.journal_events,
+        journal_bytes=given.journal_bytes,
         journal_s=given.journal_days * 24 * 3600,
         max_archive_bytes=given.max_archive_bytes,
         max_downloads=given.max_downloads,
@@ -206,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gc-delay", type=float, default=0.1, metavar="S", help="from deletion to collection")
     add("--gc-interval", type=float, default=300.0, metavar="S", help="between collections")
     add("--journal-events", type=int, default=100_000, metavar="N", help="events kept")
+    add("--journal-bytes", type=int, default=64 << 20, metavar="N", help="bytes of them kept")
     add("--journal-days", type=float, default=7.0, metavar="DAYS", help="days they are kept")
     add("--max-archive-bytes", type=int, default=64 << 30, metavar="N")
     add("--max-downloads", type=int, default=6, metavar="N", help="blobs fetched at once")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from services.common.database import Database
 from services.common.errors import NotFound
+from services.containerd.check.checker import Checker
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.containers.store import Container
 from services.containerd.content.descriptor import Descriptor, Platform
@@ -38,6 +39,8 @@ from services.containerd.transfer.pull import Puller
 from services.containerd.transfer.unpack import LayerUnpacker
 from services.containerd.transfer.unpacking import ImageUnpacking
 from services.containerd.typed import TypedValue
+from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases
+from tests.fakes.snapshotters import opened_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -196,3 +199,27 @@ async def open_storage(
             registries,
             puller,
         )
+
+
+@asynccontextmanager
+async def open_checker(root: Path) -> AsyncIterator[Checker]:
+    """A checker on a root that is closed, so that nothing of a start changes it."""
+    async with opened_database(root / "meta.db") as db, DistributionRegistries() as registries:
+        ids, events, leases = SnapshotIds(), RecordedEvents(), RecordedLeases()
+        store = LocalContentStore(root, db, events=events, gc_lock=GcLock())
+        snapshotters = [
+            kind(root, db, events=events, leases=leases, ids=ids)
+            for kind in (OverlaySnapshotter, NativeSnapshotter)
+        ]
+        umask = os.umask(0)  # as a worker has it
+        try:
+            yield Checker(
+                root,
+                db,
+                store=store,
+                snapshotters=snapshotters,
+                applier=Applier(store, root / "scratch"),
+                registries=registries,
+            )
+        finally:
+            os.umask(umask)

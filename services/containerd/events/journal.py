@@ -1,14 +1,15 @@
 """The journal: every event of the node, in order, with sequence numbers that have no gaps.
 
 Events are appended inside the transactions that make them true, and read from the database; what is
-in memory is only the wake-up of readers that follow. It is bounded by number and age, and a reader
-that asks for what was cut off is told so instead of being given less.
+in memory is only the wake-up of readers that follow. It is bounded by number, size and age, and a
+reader that asks for what was cut off is told so instead of being given less.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 256
 _FEW = 8
+_TRUNCATION_S = 600.0
 
 
 class Truncated(OutOfRange):
@@ -65,6 +67,7 @@ class Journal:
         encode: makes the bytes of a message out of its name and fields.
         keep_events: how many events are kept.
         keep_s: for how many seconds they are kept.
+        keep_bytes: how many bytes of them are kept.
     """
 
     def __init__(
@@ -74,11 +77,15 @@ class Journal:
         *,
         keep_events: int = 100_000,
         keep_s: float = 7 * 24 * 3600,
+        keep_bytes: int = 64 << 20,
     ) -> None:
         self._db = db
         self._encode = encode
         self._keep_events = keep_events
         self._keep_s = keep_s
+        self._keep_bytes = keep_bytes
+        self._new_bytes = 0  # since the last truncation; touched in the writer's thread
+        self._grown = asyncio.Event()
         self._appended = False  # touched in the writer's thread only
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wakeup = asyncio.Event()
@@ -127,6 +134,7 @@ class Journal:
             value=value,
         )
         self._appended = True
+        self._new_bytes += len(value)
 
     def append_shim_event(
         self,
@@ -160,6 +168,7 @@ class Journal:
         )
         rows.set_shim_progress(tx, instance_id, seq)
         self._appended = True
+        self._new_bytes += len(value)
         return True
 
     def shim_progress(self, tx: sqlite3.Connection, instance_id: str) -> int:
@@ -218,12 +227,25 @@ class Journal:
                     )
                 await wakeup.wait()
 
+    async def keep_bounded(self) -> None:
+        """Cut off what passes the bounds, at times and when much has come, until cancelled."""
+        while True:
+            self._grown.clear()
+            await self.truncate()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TRUNCATION_S):
+                    await self._grown.wait()
+
     async def truncate(self) -> int:
         """Cut off what passes the bounds; returns how many events went."""
         before_ns = time.time_ns() - int(self._keep_s * 1e9)
-        count = await self._db.write(
-            lambda tx: rows.truncate(tx, keep=self._keep_events, older_than_ns=before_ns)
-        )
+        first = await self._db.read(lambda tx: rows.first_within(tx, self._keep_bytes))
+
+        def cut(tx: sqlite3.Connection) -> int:
+            self._new_bytes = 0
+            return rows.truncate(tx, keep=self._keep_events, older_than_ns=before_ns, first=first)
+
+        count = await self._db.write(cut)
         if count:
             log.info("journal truncated", events=count)
         return count
@@ -232,6 +254,8 @@ class Journal:
         if self._appended and self._loop is not None:
             self._appended = False
             self._loop.call_soon_threadsafe(self._wake)
+            if self._new_bytes > self._keep_bytes // 4:
+                self._loop.call_soon_threadsafe(self._grown.set)
 
     def _wake(self) -> None:
         self._wakeup.set()

@@ -9,6 +9,7 @@ Roots are containers, leases and what they keep, images that have not expired, a
     ingest     ─▶ the blob that it expects
     anything   ─▶ what its labels name: ``containerd.io/gc.ref.{content,image,snapshot.<name>}``
     the other  ◀─ ``containerd.io/gc.bref.*``: a child that says to whom it belongs
+    image, blob ─▶ a snapshot while a condition holds (see :mod:`.conditions`)
 
 A label's name may go on after a dot or a slash (``gc.ref.content.l.0``), so that one thing can
 have several. A reference to what does not exist does no harm. What is reached from a flat lease
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
+from services.containerd.gc.conditions import USED_AT, conditional, holds
 from services.containerd.leases.lease import CONTENT, EXPIRE_LABEL, FLAT_LABEL, IMAGES, INGESTS
 from services.containerd.metadata import references
 
@@ -66,6 +68,8 @@ class Graph:
         self._label_edges: dict[Node, list[Node]] = defaultdict(list)
         self._roots: list[Node] = []
         self._flat_roots: list[Node] = []
+        self._conditional: list[tuple[Node, Node, str]] = []
+        self._used_at: dict[Node, str] = {}
         self.collectable: list[Node] = []
         """What goes if it is not marked, in the order in which it can be deleted."""
         self._read_leases(tx)
@@ -74,6 +78,7 @@ class Graph:
         self._read_ingests(tx)
         self._read_containers(tx)
         self._read_snapshots(tx)
+        self._add_conditional()
 
     def unreachable(self) -> list[Node]:
         """What no root leads to, children before their parents."""
@@ -158,10 +163,17 @@ class Graph:
             if row["parent"]:
                 parents[node] = Node(kind, node.namespace, row["parent"])
                 self._edges[node].append(parents[node])
-            self._add_labels(node, _labels(row["labels"]))
+            labels = _labels(row["labels"])
+            self._add_labels(node, labels)
+            if USED_AT in labels:
+                self._used_at[node] = labels[USED_AT]
         self.collectable += _children_first(nodes, parents)
 
     def _add_labels(self, node: Node, labels: Mapping[str, str]) -> None:
+        if node.type in (IMAGES, CONTENT):
+            for snapshotter, key, wanted in conditional(labels):
+                target = Node(f"snapshots/{snapshotter}", node.namespace, key)
+                self._conditional.append((node, target, wanted))
         for key, value in labels.items():
             if not key.startswith(_GC_PREFIX):
                 continue
@@ -172,6 +184,12 @@ class Graph:
                     self._label_edges[node].append(target)
                 else:
                     self._label_edges[target].append(node)
+
+    def _add_conditional(self) -> None:
+        for node, target, wanted in self._conditional:
+            used_at = self._used_at.get(target)
+            if used_at is not None and holds(wanted, used_at, now_ns=self._now_ns):
+                self._label_edges[node].append(target)
 
     def _expired(self, node: Node, labels: Mapping[str, str]) -> bool:
         text = labels.get(EXPIRE_LABEL)

@@ -46,8 +46,22 @@ def read(tx: sqlite3.Connection, from_seq: int, *, limit: int) -> list[sqlite3.R
     ).fetchall()
 
 
-def truncate(tx: sqlite3.Connection, *, keep: int, older_than_ns: int) -> int:
-    """Delete events past the newest ``keep``, and those from before a time; returns how many."""
+def first_within(tx: sqlite3.Connection, keep_bytes: int) -> int:
+    """The first of the newest events that take so many bytes together; 0 if all of them do."""
+    row = tx.execute(
+        "SELECT max(seq) FROM (SELECT seq,"
+        " sum(length(value) + length(topic) + length(type_url)) OVER (ORDER BY seq DESC) AS bytes"
+        " FROM journal) WHERE bytes > ?",
+        (keep_bytes,),
+    ).fetchone()
+    return 0 if row[0] is None else int(row[0]) + 1
+
+
+def truncate(tx: sqlite3.Connection, *, keep: int, older_than_ns: int, first: int = 0) -> int:
+    """Delete events past the newest ``keep``, from before a time, and before ``first``.
+
+    Returns how many.
+    """
     row = tx.execute("SELECT max(seq) FROM journal").fetchone()
     if row[0] is None:
         return 0
@@ -55,7 +69,7 @@ def truncate(tx: sqlite3.Connection, *, keep: int, older_than_ns: int) -> int:
     young = tx.execute(
         "SELECT seq FROM journal WHERE timestamp_ns >= ? ORDER BY seq LIMIT 1", (older_than_ns,)
     ).fetchone()
-    first = max(newest - keep + 1, newest if young is None else int(young[0]))
+    first = max(first, newest - keep + 1, newest if young is None else int(young[0]))
     return tx.execute("DELETE FROM journal WHERE seq < ?", (min(first, newest),)).rowcount
 
 

@@ -7,28 +7,19 @@ import os
 import random
 import shutil
 import sqlite3
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from services.common.root_lock import RootLock
 from services.containerd.check import program
-from services.containerd.check.checker import Checker
 from services.containerd.check.findings import Finding, Kind, Severity
 from services.containerd.check.unclean import run_noted
 from services.containerd.content.digest import chain_ids
-from services.containerd.content.local import LocalContentStore
-from services.containerd.gc.lock import GcLock
-from services.containerd.remotes.mirrors import DistributionRegistries
-from services.containerd.snapshots.native import NativeSnapshotter
-from services.containerd.snapshots.overlay import OverlaySnapshotter
-from services.containerd.snapshots.recorded import SnapshotIds
 from tests.fakes.images import Blobs, BuiltImage, build_image
 from tests.fakes.registry import FakeRegistry
-from tests.fakes.snapshot_collaborators import RecordedEvents, RecordedLeases
 from tests.fakes.snapshotters import opened_database
-from tests.fakes.storage_node import NS, Applier, open_storage
+from tests.fakes.storage_node import NS, open_checker, open_storage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -75,34 +66,12 @@ class Root:
             db.close()
 
     async def check(self, *, repair: bool = False) -> list[Finding]:
-        async with checker(self.path) as made:
+        async with open_checker(self.path) as made:
             return await made.full(repair=repair)
 
     async def quick(self) -> list[Finding]:
-        async with checker(self.path) as made:
+        async with open_checker(self.path) as made:
             return await made.quick()
-
-
-@asynccontextmanager
-async def checker(path: Path) -> AsyncIterator[Checker]:
-    """A checker on a root that is closed, so that nothing of a start changes it."""
-    async with opened_database(path / "meta.db") as db, DistributionRegistries() as registries:
-        ids, events, leases = SnapshotIds(), RecordedEvents(), RecordedLeases()
-        store = LocalContentStore(path, db, events=events, gc_lock=GcLock())
-        snapshotters = [
-            kind(path, db, events=events, leases=leases, ids=ids)
-            for kind in (OverlaySnapshotter, NativeSnapshotter)
-        ]
-        umask = os.umask(0)  # as a worker has it
-        yield Checker(
-            path,
-            db,
-            store=store,
-            snapshotters=snapshotters,
-            applier=Applier(store, path / "scratch"),
-            registries=registries,
-        )
-        os.umask(umask)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import hashlib
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from services.containerd.containers.store import Container
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.content.local import LocalContentStore
 from services.containerd.gc.collector import Collection, Collector
+from services.containerd.gc.conditions import holds
 from services.containerd.gc.graph import Node
 from services.containerd.gc.lock import GcLock
 from services.containerd.gc.scheduler import GcSchedule
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 NS = "test"
 PAST, FUTURE = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
 REF = "containerd.io/gc.ref."
+COND = "containerd.io/gc.cond."
 SNAPSHOTS = "snapshots/overlayfs"
 
 
@@ -254,6 +257,57 @@ async def test_labels_that_only_look_like_references_keep_nothing(node: Stage) -
     )
     await node.snapshot("s")
     assert await node.left() == {f"content:{root}"}
+
+
+async def test_a_conditional_reference_keeps_a_snapshot_that_was_used_lately(node: Stage) -> None:
+    config = await node.blob("config", {f"{COND}snapshot.overlayfs": "usedat<24h|of content"})
+    conditions = {
+        f"{COND}snapshot.overlayfs/a": "usedat<1h30m|lately",
+        f"{COND}snapshot/overlayfs/b": "usedat<10ms,usedat>87600h|long ago",
+        f"{COND}snapshot.overlayfs/c": "usedat<24h|never",
+        f"{COND}snapshot.overlayfs/d": "usedat<24h|yesterday",
+        f"{COND}snapshot.native/e": "usedat<24h|elsewhere",
+        f"{REF}content": config,
+    }
+    await node.image("x", config, conditions)
+    now = datetime.now(UTC)
+    for key, at in (
+        ("lately", now - timedelta(hours=1)),
+        ("long ago", now - timedelta(days=10_000)),
+        ("yesterday", now - timedelta(hours=25)),
+        ("elsewhere", now),
+        ("of content", now),
+        ("nobody's", now),
+    ):
+        await node.snapshot(key, "", {f"{COND}value-usedat": at.isoformat()})
+    await node.snapshot("never")
+    kept = {"snapshot:lately", "snapshot:long ago", "snapshot:of content"}
+    assert await node.left() == {"image:x", f"content:{config}", *kept}
+    await node.meta.images.delete(NS, "x")
+    assert await node.left() == set()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "met"),
+    [
+        ("usedat<2h", True),
+        ("usedat<60m", False),
+        ("usedat<60m1s", True),
+        ("usedat>3599.5s", True),
+        ("usedat>3600000ms", False),
+        ("usedat<1s,usedat>1s", True),
+        ("usedat<=2h", False),
+        ("usedat==2h", False),
+        ("usedat<2", False),
+        ("usedat<", False),
+        ("usedat", False),
+        ("madeat<2h", False),
+        ("", False),
+    ],
+)
+def test_conditions(conditions: str, met: bool) -> None:
+    assert holds(conditions, "2020-01-01T00:00:00Z", now_ns=1577840400 * 10**9) == met
+    assert not holds(conditions, "yesterday", now_ns=1577840400 * 10**9)
 
 
 async def test_references_to_nothing_and_circles_do_no_harm(node: Stage) -> None:

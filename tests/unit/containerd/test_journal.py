@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from services.common.background import Background
 from services.common.database import Database
 from services.common.errors import Internal, OutOfRange, Unavailable
 from services.containerd.events.journal import Journal, JournalEntry, Truncated
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.rpc.encoding import encode_event
+from tests.fakes.eventually import eventually
 from tests.fakes.metadata import Metadata, open_metadata
 
 if TYPE_CHECKING:
@@ -201,6 +203,35 @@ async def test_truncation_by_age_keeps_the_newest_for_its_number(tmp_path: Path)
         assert (await read(meta))[-1] == (3, "/c")
 
 
+async def test_truncation_by_size_keeps_the_newest_that_fit(tmp_path: Path) -> None:
+    async with open_metadata(tmp_path) as meta:
+        await append(meta, *"abcdef")
+        size = await meta.db.read(
+            lambda tx: tx.execute(
+                "SELECT length(value) + length(topic) + length(type_url) FROM journal"
+            ).fetchone()[0]
+        )
+        assert await Journal(meta.db, encode_event, keep_bytes=6 * size).truncate() == 0
+        assert await Journal(meta.db, encode_event, keep_bytes=3 * size + 1).truncate() == 3
+        assert await read(meta) == [(4, "/d"), (5, "/e"), (6, "/f")]
+        assert await Journal(meta.db, encode_event, keep_bytes=1).truncate() == 2
+        assert await read(meta) == [(6, "/f")]
+
+
+async def test_much_at_once_is_cut_off_at_once(tmp_path: Path) -> None:
+    async with open_metadata(tmp_path) as meta, Background() as background:
+        meta.journal = Journal(meta.db, encode_event, keep_bytes=10_000)
+        meta.journal.attach()
+        background.start(meta.journal.keep_bounded(), name="bounds")
+        for _ in range(100):
+            await meta.db.write(
+                lambda tx: meta.journal.append_encoded(
+                    tx, NS, "/much", type_url="t", value=bytes(1000)
+                )
+            )
+        await eventually(lambda: _bytes_below(meta, 20_000))
+
+
 async def test_a_shims_progress_outlives_truncation(tmp_path: Path) -> None:
     async with open_metadata(tmp_path) as meta:
         journal = Journal(meta.db, encode_event, keep_events=1)
@@ -238,3 +269,10 @@ async def test_an_empty_journal_begins_at_one(tmp_path: Path) -> None:
 
 async def _next(entries: AsyncIterator[JournalEntry]) -> JournalEntry:
     return await anext(entries)
+
+
+async def _bytes_below(meta: Metadata, limit: int) -> bool:
+    total = await meta.db.read(
+        lambda tx: tx.execute("SELECT sum(length(value)) FROM journal").fetchone()[0]
+    )
+    return bool(total < limit)
