@@ -74,13 +74,20 @@ def read(data: bytes, limits: Limits = DEFAULT_LIMITS) -> list[Entry]:
     return entries
 
 
-def unpack(data: bytes, root: Path, *, overlay: bool = False, lower: Iterable[Path] = ()) -> str:
+def unpack(
+    data: bytes,
+    root: Path,
+    *,
+    overlay: bool = False,
+    lower: Iterable[Path] = (),
+    detached: bool = False,
+) -> str:
     """Unpack a layer as the worker does, without one; returns the diff id."""
     umask = os.umask(0)
     try:
         with (
             LayerStream(io.BytesIO(data), DEFAULT_LIMITS) as stream,
-            LayerApplier(root, overlay=overlay, lower=list(lower)) as applier,
+            LayerApplier(root, overlay=overlay, lower=list(lower), detached=detached) as applier,
         ):
             applier.apply(TarReader(stream, DEFAULT_LIMITS))
             stream.drain()

@@ -21,6 +21,7 @@ from services.common.server import RpcServer, Service
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import digest_of
 from services.containerd.content.local import LocalContentStore
+from services.containerd.diff.applier import LowerNeeded
 from services.containerd.gc.lock import GcLock
 from services.containerd.images.archive import ArchiveReader
 from services.containerd.remotes.http import HttpLimits
@@ -53,6 +54,7 @@ class MemorySnapshotter:
     """Keeps what snapshots there are, and that they stand on each other."""
 
     name = "memory"
+    capabilities = ("rebase",)
 
     def __init__(self) -> None:
         self.snapshots: dict[tuple[str, str], SnapshotInfo] = {}
@@ -73,13 +75,21 @@ class MemorySnapshotter:
         return [Mount("bind", key)]
 
     async def commit(
-        self, namespace: str, name: str, key: str, labels: Mapping[str, str] | None = None
+        self,
+        namespace: str,
+        name: str,
+        key: str,
+        labels: Mapping[str, str] | None = None,
+        *,
+        parent: str = "",
     ) -> None:
+        if parent:
+            assert (await self.stat(namespace, parent)).kind is Kind.COMMITTED
         if (namespace, name) in self.snapshots:
             raise AlreadyExists(f"snapshot {name!r} exists already")
         active = self.snapshots.pop((namespace, key))
         self.snapshots[namespace, name] = SnapshotInfo(
-            name, Kind.COMMITTED, active.parent, labels or {}
+            name, Kind.COMMITTED, parent or active.parent, labels or {}
         )
 
     async def remove(self, namespace: str, key: str) -> None:
@@ -96,6 +106,9 @@ class CountingApplier:
     def __init__(self, content: LocalContentStore) -> None:
         self._content = content
         self.applied: Counter[str] = Counter()
+        self.detached: Counter[str] = Counter()
+        self.needs_lower: set[str] = set()
+        self.gates: dict[str, asyncio.Event] = {}
         self.begun = asyncio.Event()
         self.gate: asyncio.Event | None = None
         self.failure: Exception | None = None
@@ -107,9 +120,15 @@ class CountingApplier:
         mounts: Sequence[Mount],
         *,
         sync: bool = False,
+        detached: bool = False,
     ) -> Descriptor:
         assert mounts
         self.applied[descriptor.digest] += 1
+        self.detached[descriptor.digest] += detached
+        if detached and descriptor.digest in self.needs_lower:
+            raise LowerNeeded("as the test wants it")
+        if (gate := self.gates.get(descriptor.digest)) is not None:
+            await gate.wait()
         self.begun.set()
         if self.gate is not None:
             await self.gate.wait()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.errors import FailedPrecondition
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from services.common.mounts import Mount
     from services.containerd.content.descriptor import Descriptor
+
+
+class LowerNeeded(FailedPrecondition):
+    """A layer cannot be unpacked without those below it: unpack it over them."""
 
 
 class Applier(Protocol):
@@ -21,6 +27,7 @@ class Applier(Protocol):
         mounts: Sequence[Mount],
         *,
         sync: bool = False,
+        detached: bool = False,
     ) -> Descriptor:
         """Unpack the blob that ``descriptor`` names over what ``mounts`` show.
 
@@ -28,6 +35,9 @@ class Applier(Protocol):
         resolved as if the mounts' root were ``/``. A failure leaves a part of the layer there; the
         caller removes the snapshot. The data is not on the disk yet unless ``sync`` is set: that is
         what ``commit`` of the snapshot does.
+
+        With ``detached`` the mounts are an overlay that has its upper directory alone, because the
+        layers below are not there yet. What comes out is the same as over them, or an error.
 
         Returns:
             The uncompressed layer: its media type is that of a plain tar, its digest (the *diff
@@ -40,4 +50,6 @@ class Applier(Protocol):
             DataLoss: the blob is cut short, or its compression or tar is broken.
             ResourceExhausted: the layer passes a limit, or the disk is full.
             Internal: the worker that unpacks died.
+            LowerNeeded: the layer has something whose parent directory, or the other name of a hard
+                link, is in a layer below; with ``detached`` only.
         """

@@ -26,6 +26,7 @@ from services.common.errors import (
     TheseusError,
 )
 from services.containerd.diff import reader
+from services.containerd.diff.applier import LowerNeeded
 from services.containerd.diff.attributes import (
     OPAQUE_ATTRIBUTE,
     OVERLAY_ATTRIBUTES,
@@ -79,6 +80,7 @@ class LayerApplier:
         lower: the overlay's lower directories, top first: where a directory that the layer does not
             have itself, but something in it, gets its attributes from.
         merged: mounts the overlay for a moment, for a hard link to a file of a lower directory.
+        detached: refuse what needs a lower directory, because those are not there yet.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class LayerApplier:
         overlay: bool = False,
         lower: list[Path] | None = None,
         merged: Callable[[], AbstractContextManager[Path]] | None = None,
+        detached: bool = False,
     ) -> None:
         self._tree = RootedTree(root)
         self._overlay = overlay
         self._lower_paths = lower or []
         self._lower: list[RootedTree] | None = None
         self._merged = merged
+        self._detached = detached
         self._made: set[str] = set()  # names that this layer has brought
         self._directory_times: dict[str, tuple[int, int]] = {}
         self._makers: dict[bytes, Callable[[Entry, TarReader, Directory, str], None]] = {
@@ -240,6 +244,8 @@ class LayerApplier:
 
     def _link_to_lower(self, entry: Entry) -> bool:
         """Let overlayfs copy a lower directory's file up and link it; False if there is none."""
+        if self._detached:
+            raise LowerNeeded(f"hard link {entry.name!r} names what is not in the layer")
         if not self._overlay or self._merged is None or not self._lower_paths:
             return False
         # Upper directories must not be changed behind a mounted overlay's back, so it is mounted
@@ -364,6 +370,8 @@ class LayerApplier:
 
     def _copy_lower_attributes(self, name: str, directory: Directory) -> None:
         """Give a directory that the layer only implies the looks of the one it covers."""
+        if self._detached:
+            raise LowerNeeded(f"directory {name!r} is not in the layer, but something in it is")
         if self._lower is None:
             self._lower = [RootedTree(path) for path in self._lower_paths]
         for tree in self._lower:

@@ -38,6 +38,7 @@ class LocalApplier:
         mounts: Sequence[Mount],
         *,
         sync: bool = False,
+        detached: bool = False,
     ) -> Descriptor:
         """See :class:`Applier`."""
         if not is_layer(descriptor.media_type):
@@ -46,6 +47,11 @@ class LocalApplier:
             )
         blob = await self._content.path(namespace, descriptor.digest)
         result = await self._workers.run(
-            "apply", blob=blob, mounts=list(mounts), scratch=self._scratch, sync=sync
+            "apply",
+            blob=blob,
+            mounts=list(mounts),
+            scratch=self._scratch,
+            sync=sync,
+            detached=detached,
         )
         return Descriptor(OCI_TAR, result.digest, result.size_bytes)

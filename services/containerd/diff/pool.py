@@ -16,6 +16,7 @@ import services
 from services.common import errors
 from services.common.background import Background
 from services.common.errors import Internal, TheseusError
+from services.containerd.diff.applier import LowerNeeded
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
@@ -174,7 +175,8 @@ def _cause(status: int) -> str:
 
 def _result(answer: Mapping[str, Any]) -> JobResult:
     if "error" in answer:
-        kind = getattr(errors, answer["error"], Internal)
+        is_ours = answer["error"] == LowerNeeded.__name__
+        kind = LowerNeeded if is_ours else getattr(errors, answer["error"], Internal)
         if not (isinstance(kind, type) and issubclass(kind, TheseusError)):
             kind = Internal
         raise kind(answer["message"])

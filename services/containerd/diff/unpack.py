@@ -25,6 +25,7 @@ def unpack_layer(
     *,
     scratch: Path,
     sync: bool = False,
+    detached: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[str, int]:
     """Unpack a layer over what mounts show, as ``Applier.apply`` says.
@@ -41,7 +42,7 @@ def unpack_layer(
         except FileNotFoundError as error:
             raise NotFound(f"the blob's file {blob.name} is gone") from error
         stream = stack.enter_context(LayerStream(file, limits))
-        applier = stack.enter_context(_applier(mounts, scratch))
+        applier = stack.enter_context(_applier(mounts, scratch, detached=detached))
         applier.apply(TarReader(stream, limits))
         stream.drain()
         if sync:
@@ -50,14 +51,16 @@ def unpack_layer(
 
 
 @contextlib.contextmanager
-def _applier(mounts: Sequence[Mount], scratch: Path) -> Iterator[LayerApplier]:
+def _applier(mounts: Sequence[Mount], scratch: Path, *, detached: bool) -> Iterator[LayerApplier]:
     with contextlib.ExitStack() as stack:
         root, overlay, lower = _direct(mounts)
         if root is None:
             root = stack.enter_context(temporary_mount(mounts, scratch))
         merged = functools.partial(temporary_mount, mounts, scratch)
         try:
-            applier = LayerApplier(root, overlay=overlay, lower=lower, merged=merged)
+            applier = LayerApplier(
+                root, overlay=overlay, lower=lower, merged=merged, detached=detached
+            )
         except FileNotFoundError as error:
             raise FailedPrecondition(f"the snapshot's directory {root} does not exist") from error
         yield stack.enter_context(applier)

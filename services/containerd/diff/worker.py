@@ -4,7 +4,8 @@ A process of its own, because Python does one thing at a time and this one takes
 seconds; and because it has a mount namespace for itself. It reads jobs from stdin and answers on
 stdout, a JSON object a line, one after the other, and ends with its stdin.
 
-    {"job": "apply", "blob": PATH, "mounts": [...], "scratch": PATH, "sync": false}
+    {"job": "apply", "blob": PATH, "mounts": [...], "scratch": PATH, "sync": false,
+     "detached": false}
     {"job": "compare", "lower": [...], "upper": [...], "output": PATH, "media_type": TEXT,
      "newest_ns": null, "scratch": PATH}
     ──▶ {"digest": "sha256:…", "size_bytes": 1234}
@@ -81,9 +82,11 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_job(
-    *, blob: str, mounts: list[dict[str, Any]], scratch: str, sync: bool
+    *, blob: str, mounts: list[dict[str, Any]], scratch: str, sync: bool, detached: bool
 ) -> tuple[str, int]:
-    return unpack_layer(Path(blob), _mounts(mounts), scratch=Path(scratch), sync=sync)
+    return unpack_layer(
+        Path(blob), _mounts(mounts), scratch=Path(scratch), sync=sync, detached=detached
+    )
 
 
 def _mounts(documents: list[dict[str, Any]]) -> list[Mount]:

@@ -3,6 +3,11 @@
 The committed snapshot of a layer is named by its chain id, so images share those of their common
 layers. While a layer is unpacked, its snapshot is called ``extract-<random> <chain id>``. Of two
 that want the same chain id at once, one unpacks it, and the other one waits and finds it done.
+
+Where snapshots are directories that lie upon each other, a layer does not wait for those below it:
+it is unpacked into a directory of its own, which is put on its parent once that is committed. One
+that turns out to need what is below is unpacked again, over it. Whoever holds the lock of a chain
+id waits for shorter chains only, so that two images cannot wait for each other.
 """
 
 from __future__ import annotations
@@ -10,17 +15,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.disk import NO_FLOOR
 from services.common.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, TheseusError
+from services.common.mounts import Mount
 from services.containerd.content.digest import chain_ids
 from services.containerd.content.labels import UNCOMPRESSED
+from services.containerd.diff.applier import LowerNeeded
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.leases.lease import Resource, current_lease, snapshots_type
 from services.containerd.snapshots.snapshotter import INHERITED_LABEL_PREFIX
+from services.containerd.transfer.collaborators import first_error
 from services.containerd.transfer.labelling import add_labels
 from services.containerd.uninterrupted import uninterrupted
 
@@ -97,20 +106,30 @@ class LayerUnpacker:
     ) -> str:
         """See :class:`Unpacker`."""
         target = self._snapshotters[snapshotter]
-        parent = ""
-        for layer, chain_id in zip(
-            layers, chain_ids(layer.diff_id for layer in layers), strict=True
-        ):
-            await arrived(layer.descriptor)
-            async with self._locks.hold((namespace, snapshotter, chain_id)):
-                if not await self._exists(namespace, target, chain_id):
-                    tracker.extracting(layer.descriptor)
-                    await self._extract(namespace, target, layer, chain_id, parent)
-                    tracker.extracted(layer.descriptor)
-            labels = {UNCOMPRESSED: layer.diff_id}
-            await add_labels(self._content, namespace, layer.descriptor.digest, labels)
-            parent = chain_id
-        return parent
+        chains = chain_ids(layer.diff_id for layer in layers)
+        below: _Below | None = None
+        async with first_error(), asyncio.TaskGroup() as group:
+            for layer, chain_id in zip(layers, chains, strict=True):
+                work = _Work(namespace, target, layer, chain_id, below)
+                making = self._make(work, arrived, tracker)
+                below = _Below(chain_id, group.create_task(making, name=f"unpack {chain_id}"))
+        return below.chain_id if below is not None else ""
+
+    async def _make(
+        self,
+        work: _Work,
+        arrived: Callable[[Descriptor], Awaitable[None]],
+        tracker: ProgressTracker,
+    ) -> None:
+        descriptor = work.layer.descriptor
+        await arrived(descriptor)
+        async with self._locks.hold((work.namespace, work.target.name, work.chain_id)):
+            if not await self._exists(work.namespace, work.target, work.chain_id):
+                tracker.extracting(descriptor)
+                await self._extract(work)
+                tracker.extracted(descriptor)
+        labels = {UNCOMPRESSED: work.layer.diff_id}
+        await add_labels(self._content, work.namespace, descriptor.digest, labels)
 
     async def _exists(self, namespace: str, target: Snapshotter, chain_id: str) -> bool:
         # Under the lease before it is looked for, or the collector could take it in between.
@@ -124,47 +143,108 @@ class LayerUnpacker:
             return False
         return True
 
-    async def _extract(
-        self, namespace: str, target: Snapshotter, layer: UnpackLayer, chain_id: str, parent: str
-    ) -> None:
+    async def _extract(self, work: _Work) -> None:
         began = time.monotonic()
         await asyncio.to_thread(self._floor.require)
-        key = f"extract-{secrets.token_hex(6)} {chain_id}"
+        below = work.below
+        detached = below is not None and work.stacks and not below.task.done()
+        if detached:
+            try:
+                await self._extract_once(work, detached=True)
+            except LowerNeeded as error:
+                log.info("layer needs those below it", chain_id=work.chain_id, why=error.message)
+                detached = False
+        if not detached:
+            await work.until_below_is_committed()
+            await self._extract_once(work, detached=False)
+        log.info(
+            "layer unpacked",
+            digest=work.layer.descriptor.digest,
+            chain_id=work.chain_id,
+            detached=detached,
+            seconds=round(time.monotonic() - began, 3),
+        )
+
+    async def _extract_once(self, work: _Work, *, detached: bool) -> None:
+        """Unpack a layer over its parent; or by itself, and put it on its parent then."""
+        namespace, target, layer = work.namespace, work.target, work.layer
+        key = f"extract-{secrets.token_hex(6)} {work.chain_id}"
         labels = {
             name: value
             for name, value in layer.descriptor.annotations.items()
             if name.startswith(INHERITED_LABEL_PREFIX)
         }
-        labels[SNAPSHOT_REF] = chain_id
+        labels[SNAPSHOT_REF] = work.chain_id
+        parent = "" if detached else work.parent
         try:
             mounts = await target.prepare(namespace, key, parent, labels)
         except AlreadyExists:  # by a client, or by a snapshotter that knows layers by itself
             return
         try:
             self._trace("layer prepared")
-            result = await self._applier.apply(namespace, layer.descriptor, mounts)
+            if detached:
+                mounts = _upper_alone(mounts)
+            result = await self._applier.apply(
+                namespace, layer.descriptor, mounts, detached=detached
+            )
             self._trace("layer applied")
             if result.digest != layer.diff_id:
                 raise DataLoss(
                     f"layer {layer.descriptor.digest} has the wrong content: its diff id is "
                     f"{result.digest}, the image's configuration says {layer.diff_id}"
                 )
-            await target.commit(namespace, chain_id, key, labels)
+            await work.until_below_is_committed()
+            await target.commit(namespace, work.chain_id, key, labels, parent=work.parent)
             self._trace("layer committed")
         except AlreadyExists:  # a client has unpacked the same layer meanwhile
             await self._abandon(namespace, target, key)
         except BaseException:
             await self._abandon(namespace, target, key)
             raise
-        log.info(
-            "layer unpacked",
-            digest=layer.descriptor.digest,
-            chain_id=chain_id,
-            seconds=round(time.monotonic() - began, 3),
-        )
 
     async def _abandon(self, namespace: str, target: Snapshotter, key: str) -> None:
         try:
             await uninterrupted(target.remove(namespace, key))
         except TheseusError as error:  # the lease's end leaves it to the collector
             log.warning("unpacked snapshot is left behind", key=key, error=error.message)
+
+
+def _upper_alone(mounts: Sequence[Mount]) -> list[Mount]:
+    """The directory of a snapshot on nothing, as the upper one of an overlay."""
+    if len(mounts) != 1 or mounts[0].type != "bind":
+        raise LowerNeeded("the snapshotter gives no directory for a layer by itself")
+    return [Mount("overlay", "overlay", options=(f"upperdir={mounts[0].source}",))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """The layer below one: its chain id, and who makes its snapshot."""
+
+    chain_id: str
+    task: asyncio.Task[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One layer to unpack."""
+
+    namespace: str
+    target: Snapshotter
+    layer: UnpackLayer
+    chain_id: str
+    below: _Below | None
+
+    @property
+    def parent(self) -> str:
+        """The chain id of the layer below; empty: there is none."""
+        return self.below.chain_id if self.below is not None else ""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a directory that was filled by itself can be put on others."""
+        return "rebase" in self.target.capabilities
+
+    async def until_below_is_committed(self) -> None:
+        """Returns when the snapshot to stand on is there; raises what became of it otherwise."""
+        if self.below is not None:
+            await asyncio.shield(self.below.task)

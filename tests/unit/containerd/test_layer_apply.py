@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import InvalidArgument, TheseusError
+from services.containerd.diff.applier import LowerNeeded
 from services.containerd.diff.rooted import clean
 from tests.fakes.layers import Member, folder, hardlink, layer, looks, symlink, unpack
 
@@ -583,3 +584,55 @@ def test_the_result_is_that_of_gnu_tar(
             capture_output=True,
         )
         assert looks(ours) == looks(theirs)
+
+
+class TestDetached:
+    """An overlay's upper directory filled before the lower ones are there."""
+
+    LOWER = (folder("etc", 0o700, uid=7), Member("etc/passwd", b"x"), Member("top", b"t"))
+    UPPER = (
+        folder("etc", 0o750, uid=8),
+        Member("etc/group", b"g", mtime=1000),
+        hardlink("etc/again", "etc/group"),
+        Member("etc/.wh.passwd"),
+        folder("new"),
+        symlink("new/link", "../etc"),
+        Member(".wh.top"),
+    )
+
+    def test_the_result_is_that_over_the_lower_layers(self, tmp_path: Path) -> None:
+        trees = [tmp_path / name for name in ("lower", "over", "detached")]
+        for tree in trees:
+            tree.mkdir(mode=0o755)
+        lower, over, detached = trees
+        unpack(layer(self.LOWER), lower)
+        first = unpack(layer(self.UPPER), over, overlay=True, lower=[lower])
+        second = unpack(layer(self.UPPER), detached, overlay=True, detached=True)
+        assert first == second
+        assert looks(over, times=False) == looks(detached, times=False)
+        assert is_whiteout(detached / "etc/passwd")
+
+    @pytest.mark.parametrize(
+        "member",
+        [Member("etc/group", b"g"), Member("etc/.wh.passwd"), hardlink("again", "top")],
+        ids=lambda member: str(member.name),
+    )
+    def test_what_needs_a_lower_layer_is_refused(self, member: Member, root: Path) -> None:
+        with pytest.raises(LowerNeeded, match="not in the layer"):
+            unpack(layer([member]), root, overlay=True, detached=True)
+
+    @given(st.lists(st.sampled_from((*LOWER, *UPPER)), max_size=8))
+    @settings(max_examples=60, deadline=None)
+    def test_any_layer_gives_the_same_or_is_refused(self, members: list[Member]) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            trees = [Path(directory) / name for name in ("lower", "over", "detached")]
+            for tree in trees:
+                tree.mkdir(mode=0o755)
+            lower, over, detached = trees
+            unpack(layer(self.LOWER), lower)
+            try:
+                unpack(layer(members), detached, overlay=True, detached=True)
+            except TheseusError:
+                return
+            unpack(layer(members), over, overlay=True, lower=[lower])
+            assert looks(over, times=False) == looks(detached, times=False)

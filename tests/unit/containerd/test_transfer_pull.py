@@ -18,6 +18,7 @@ from services.containerd.images.reference import parse_reference
 from services.containerd.remotes.remote import RegistryAccess
 from services.containerd.transfer.destination import Destination, ExtraName, Unpacking
 from services.containerd.transfer.progress import report_nothing
+from tests.fakes.cli import until
 from tests.fakes.images import Blobs, build_image, build_index, described
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.fakes.transfer_node import TransferNode, open_transfer_node
@@ -152,12 +153,87 @@ async def test_unpack_makes_a_chain_of_snapshots(
     assert node.snapshotter.names() == {lower, upper}
     top = await node.snapshotter.stat("a", upper)
     assert (top.parent, top.labels) == (lower, {"containerd.io/snapshot.ref": upper})
-    assert node.snapshotter.prepared[0].startswith("extract-")
-    assert node.snapshotter.prepared[0].endswith(f" {lower}")
+    assert {key.partition(" ")[2] for key in node.snapshotter.prepared} == {lower, upper}
+    assert all(key.startswith("extract-") for key in node.snapshotter.prepared)
     config = await node.content.info("a", amd64.config.digest)
     assert config.labels["containerd.io/gc.ref.snapshot.memory"] == upper
     layer = await node.content.info("a", amd64.layers[0].digest)
     assert layer.labels["containerd.io/uncompressed"] == amd64.diff_ids[0]
+
+
+def three_layers(registry: FakeRegistry) -> tuple[str, BuiltImage, Destination]:
+    blobs = Blobs()
+    image = build_image(blobs, [{"a": b"1"}, {"b": b"2"}, {"c": b"3"}])
+    name = registry.serve("lib/x", "1", image.manifest, blobs)
+    return name, image, Destination(name=name, unpackings=(Unpacking(),))
+
+
+async def test_layers_are_unpacked_at_once_and_committed_from_the_lowest_up(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    name, image, destination = three_layers(registry)
+    gate = node.applier.gates[image.layers[0].digest] = asyncio.Event()
+    task = asyncio.ensure_future(pull(node, name, destination))
+    await until(lambda: len(node.applier.applied) == 3)
+    assert not any(key.startswith("sha256:") for key in node.snapshotter.names())
+    gate.set()
+    await task
+    chain = chain_ids(image.diff_ids)
+    assert node.snapshotter.names() == set(chain)
+    parents = [(await node.snapshotter.stat("a", link)).parent for link in chain]
+    assert parents == ["", *chain[:-1]]
+    assert [node.applier.detached[layer.digest] for layer in image.layers] == [0, 1, 1]
+
+
+async def test_a_layer_that_needs_those_below_is_unpacked_again_over_them(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    name, image, destination = three_layers(registry)
+    gate = node.applier.gates[image.layers[0].digest] = asyncio.Event()
+    needy = image.layers[1].digest
+    node.applier.needs_lower.add(needy)
+    task = asyncio.ensure_future(pull(node, name, destination))
+    await until(lambda: len(node.applier.applied) == 3)
+    gate.set()
+    await task
+    chain = chain_ids(image.diff_ids)
+    assert node.snapshotter.names() == set(chain)
+    assert (await node.snapshotter.stat("a", chain[1])).parent == chain[0]
+    assert node.applier.applied[needy] == 2
+
+
+async def test_a_snapshotter_that_cannot_move_a_snapshot_gets_one_layer_after_another(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    node.snapshotter.capabilities = ()
+    name, image, destination = three_layers(registry)
+    await pull(node, name, destination)
+    assert node.snapshotter.names() == set(chain_ids(image.diff_ids))
+    assert not any(node.applier.detached.values())
+
+
+async def test_a_broken_layer_takes_those_above_it_along(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    name, image, destination = three_layers(registry)
+    registry.faults.append(Fault("corrupt", image.layers[0].digest))
+    with pytest.raises(DataLoss, match="wrong bytes"):
+        await pull(node, name, destination)
+    assert node.snapshotter.names() == set()
+
+
+async def test_images_with_common_layers_are_unpacked_at_once(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    common = [{"a": b"1"}, {"b": b"2"}]
+    images = [build_image(blobs, [*common, {"c": bytes([n])}]) for n in range(4)]
+    names = [registry.serve(f"lib/{n}", "1", i.manifest, blobs) for n, i in enumerate(images)]
+    async with asyncio.timeout(20):
+        await asyncio.gather(
+            *(pull(node, name, Destination(name=name, unpackings=(Unpacking(),))) for name in names)
+        )
+    assert sorted(node.applier.applied.values()) == [1] * 6
 
 
 async def test_a_second_image_unpacks_only_what_is_new(
