@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check protos bench wheel clean
+.PHONY: help setup demo test fuzz check protos bench wheel clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,13 @@ test: setup ## runs the whole suite; as root that includes real containers
 	@$(PLOTS)
 	@$(SANDBOX) $(BIN)/python -m pytest $(ARGS)
 
+# Until it is interrupted, or a target fails; what was learnt stays in .fuzz for the next time.
+fuzz: setup ## fuzzes without end [TARGET=layers|filters|references|manifests] [ARGS="-max_total_time=60"]
+	@for target in $(or $(TARGET),layers filters references manifests); do \
+		$(BIN)/python -m tests.fuzz.run $$target .fuzz/$$target -timeout=10 $(ARGS) & jobs="$$jobs $$!"; \
+	done; trap 'kill $$jobs 2>/dev/null' EXIT; \
+	for job in $$jobs; do wait -n $$jobs || exit 1; done
+
 check: setup ## formatting, lint, types, import rules
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/ruff check -q .
@@ -85,4 +92,4 @@ wheel: setup ## builds the distribution into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 clean: ## removes what the verbs made
-	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz

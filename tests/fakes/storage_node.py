@@ -67,10 +67,16 @@ class Applier:
         mounts: Sequence[Mount],
         *,
         sync: bool = False,
+        detached: bool = False,
     ) -> Descriptor:
         blob = await self._content.path(namespace, descriptor.digest)
         digest, size = await asyncio.to_thread(
-            unpack_layer, blob, mounts, scratch=self._scratch, sync=sync
+            unpack_layer,
+            blob,
+            mounts,
+            scratch=self._scratch,
+            sync=sync,
+            detached=detached,
         )
         return Descriptor(OCI_TAR, digest, size)
 

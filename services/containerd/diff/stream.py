@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 512 << 10
 _PIECES_AHEAD = 8
+_ROOM_S = 0.05
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, 3.1.1
 
@@ -64,10 +65,11 @@ class LayerStream:
         traceback: TracebackType | None,
     ) -> None:
         self._stopped.set()
-        while self._thread.is_alive():  # it may be waiting for room
-            with contextlib.suppress(queue.Empty):
-                self._queue.get(timeout=0.05)
-        self._thread.join()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # it may be waiting for room
+                while True:
+                    self._queue.get_nowait()
+            self._thread.join(_ROOM_S)
 
     def read(self, length: int) -> bytes:
         """Exactly ``length`` bytes, or fewer if the stream ends."""
