@@ -37,7 +37,8 @@ class Fault:
     (sends other bytes), ``hang``, ``busy``
     (429 with ``retry_after``), ``status`` (answers ``status``), ``html``, ``loop`` (redirects to
     itself), ``redirect`` (to ``location``), ``whole`` (ignores Range), ``bare`` (leaves out digest
-    and length), ``typeless`` (application/json), ``excess`` (appends bytes).
+    and length), ``typeless`` (application/json), ``excess`` (appends bytes), ``unbounded``
+    (and does not say how many there are), ``short`` (leaves the last one out).
     """
 
     kind: str
@@ -150,7 +151,8 @@ class FakeRegistry:
         for fault in self.faults:
             if fault.times > 0 and fault.path in request.path:
                 if (
-                    fault.kind in ("truncate", "revoke", "stall", "corrupt", "excess")
+                    fault.kind
+                    in ("truncate", "revoke", "stall", "corrupt", "excess", "unbounded", "short")
                     and request.method != "GET"
                 ):
                     continue
@@ -211,8 +213,10 @@ class FakeRegistry:
         kind = "" if fault is None else fault.kind
         if kind == "corrupt":
             data = bytes([data[0] ^ 1]) + data[1:]
-        if kind == "excess":
+        if kind in ("excess", "unbounded"):
             data += b"more than was promised"
+        if kind == "short":
+            data = data[:-1]
         status, start = 200, 0
         wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         if wanted and kind != "whole":
@@ -221,7 +225,7 @@ class FakeRegistry:
                 return web.Response(status=416)
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         response = web.StreamResponse(status=status, headers=headers)
-        if kind != "bare":
+        if kind not in ("bare", "unbounded"):
             response.content_length = len(data) - start
         await response.prepare(request)
         if request.method == "HEAD":

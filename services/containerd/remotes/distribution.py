@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from services.containerd.remotes.retry import RetryPolicy
 
 _ACCEPT = ", ".join((*ACCEPTED, "*/*"))
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class Repository:
@@ -175,6 +175,12 @@ class Repository:
                 raise FailedPrecondition(
                     f"{self._api.host} answered with an HTML page instead of {descriptor.digest}"
                 )
+            total = _total_bytes(response)
+            if total is not None and total != descriptor.size_bytes:
+                raise DataLoss(
+                    f"{self._api.host} has {total} bytes of {descriptor.digest}, whose size is "
+                    f"{descriptor.size_bytes}"
+                )
             intake = _Intake(descriptor, writer, skip=offset - _start(response))
             try:
                 async for data in response.content.iter_any():
@@ -224,6 +230,14 @@ def _start(response: aiohttp.ClientResponse) -> int:
     if match is None:
         raise DataLoss(f"{response.url.authority} does not say which part of a blob it sends")
     return int(match.group(1))
+
+
+def _total_bytes(response: aiohttp.ClientResponse) -> int | None:
+    """Size of the whole blob, as far as the headers of a response tell."""
+    if response.status != 206:
+        return response.content_length
+    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    return int(match[2]) if match is not None and match[2] != "*" else None
 
 
 def _own_media_type(data: bytes) -> str:

@@ -261,13 +261,22 @@ async def test_fetch_copes_with_a_registry_that_ignores_ranges(
     assert await fetched(remote(registries, registry), descriptor, BIG[:1000]) == BIG
 
 
-async def test_fetch_refuses_more_bytes_than_were_promised(
-    registry: FakeRegistry, registries: DistributionRegistries
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("excess", f"has {len(BIG) + 22} bytes of sha256:.*, whose size is {len(BIG)}"),
+        ("short", f"has {len(BIG) - 1} bytes of sha256:.*, whose size is {len(BIG)}"),
+        ("unbounded", "sent more than"),
+    ],
+)
+async def test_fetch_refuses_a_blob_of_another_size(
+    kind: str, words: str, registry: FakeRegistry, registries: DistributionRegistries
 ) -> None:
     descriptor = big(registry)
-    registry.faults.append(Fault("excess", "/blobs/"))
-    with pytest.raises(DataLoss, match="more than"):
+    registry.faults.append(Fault(kind, "/blobs/"))
+    with pytest.raises(DataLoss, match=words):
         await fetched(remote(registries, registry), descriptor)
+    assert len(registry.seen) == 1
 
 
 async def test_fetch_of_a_missing_blob_is_not_found(
