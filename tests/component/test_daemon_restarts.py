@@ -252,7 +252,7 @@ async def _first(call):
     return await call.read()
 
 
-CREATE_STEPS = [f"create:{step}" for step in ("recorded", "volumes", "snapshot", "files")]
+CREATE_STEPS = [f"create:{step}" for step in ("recorded", "volumes", "furnished", "filled")]
 REMOVE_STEPS = [
     *(f"remove:{step}" for step in ("recorded", "clean", "snapshot", "volumes", "files")),
     *(f"clean:{step}" for step in ("network", "task", "record")),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.errors import FailedPrecondition, NotFound, TheseusError
+from services.daemon.containers.record import State
 
 if TYPE_CHECKING:
     from services.daemon.containers.below import Below
@@ -58,6 +59,8 @@ class Cleaner:
         below.trace("clean:task")
         await below.containers.delete(container_id)
         below.trace("clean:record")
+        if record.state is State.REMOVING:  # its record goes; until then all this may be repeated
+            return
 
         def clean(present: ContainerRecord) -> ContainerRecord | None:
             return None if present.live else dataclasses.replace(present, unclean=False)
@@ -74,9 +77,11 @@ class Cleaner:
         except TheseusError as error:
             log.warning("network not detached", container_id=container_id, error=error.message)
 
-        def release(present: ContainerRecord) -> ContainerRecord | None:
-            if not present.endpoints and not present.ports:
-                return None
+        record = self._below.store.get(container_id)
+        if record is None or not (record.endpoints or record.ports):
+            return
+
+        def release(present: ContainerRecord) -> ContainerRecord:
             return dataclasses.replace(present, endpoints=(), ports=())
 
         await self._below.store.change(container_id, release)

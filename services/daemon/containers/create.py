@@ -1,6 +1,6 @@
 """Creating a container: a record first, then what belongs to it.
 
-    checked · recorded (creating) · volumes · snapshot · copied · files · recorded (created)
+    checked · recorded (creating) · volumes · snapshot, files · copied · recorded (created)
 
 Whatever goes wrong after the record, a cancelled call included, the container is removed again. A
 crash leaves a record in state ``creating``, which the next start of the daemon removes.
@@ -139,11 +139,15 @@ class Creator:
         below = self._below
         mounts, resolved = await self._make_volumes(record)
         below.trace("create:volumes")
-        root = await self._prepare(record)
-        below.trace("create:snapshot")
+        making = asyncio.create_task(asyncio.to_thread(below.files.create, record.id))
+        try:
+            root = await self._prepare(record)
+        finally:
+            await asyncio.wait([making])  # a thread cannot be stopped
+        await making
+        below.trace("create:furnished")
         await self._copy_up(root, resolved)
-        await asyncio.to_thread(below.files.create, record.id)
-        below.trace("create:files")
+        below.trace("create:filled")
 
         def finish(present: ContainerRecord) -> ContainerRecord:
             state = after(present, Action.FINISH_CREATE)

@@ -105,6 +105,8 @@ class Remover:
 
     async def _remove_volumes(self, record: ContainerRecord) -> None:
         below = self._below
+        if not any(mount.kind is MountKind.VOLUME for mount in record.mounts):
+            return
 
         def release(present: ContainerRecord) -> ContainerRecord:
             return present

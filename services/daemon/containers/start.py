@@ -1,7 +1,7 @@
 """Starting a container.
 
-    recorded (starting) ─┬─ network namespace, address, ports ─┬─ files · configuration
-                         └─ snapshot's mounts, user ───────────┘
+    recorded (starting) ─── network namespace, address, ports ─┬─ files · configuration
+    snapshot's mounts, user ───────────────────────────────────┘
     · containerd's record · task created · clients coupled · task started · recorded (running)
 
 A start that fails is undone by the same clean-up that follows a run. When containerd goes away
@@ -15,7 +15,8 @@ import asyncio
 import dataclasses
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import structlog
@@ -44,7 +45,7 @@ from services.daemon.spec.request import NetworkMode
 from services.daemon.spec.users import resolve_user
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Coroutine, Sequence
 
     from services.daemon.containers.below import Below
     from services.daemon.containers.caretaker import Caretaker
@@ -58,7 +59,11 @@ if TYPE_CHECKING:
     from services.daemon.spec.host import HostFacts
     from services.daemon.spec.request import ResolvedUser
 
+    Root = asyncio.Task[tuple[list[RootMount], ResolvedUser]]
+
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 COMMAND_CODES = {"COMMAND_NOT_FOUND": 127, "COMMAND_NOT_EXECUTABLE": 126}
 _OTHER_FAILURE = 128
@@ -123,14 +128,15 @@ class Starter:
                     )
                 await self._cleaner.clean(container_id)
                 await self._below.execs.forget(container_id)
-                record = await self._below.store.change(container_id, outcome.starting)
-                self._below.trace("start:recorded")
-                await self._run(record)
+                attempt = _Attempt(record, self._below, self._runtimes, self._host, self._sessions)
+                async with _under_way(attempt.root()) as root:
+                    record = await self._below.store.change(container_id, outcome.starting)
+                    self._below.trace("start:recorded")
+                    await self._run(record, attempt, root)
 
-    async def _run(self, record: ContainerRecord) -> None:
-        attempt = _Attempt(record, self._below, self._runtimes, self._host, self._sessions)
+    async def _run(self, record: ContainerRecord, attempt: _Attempt, root: Root) -> None:
         try:
-            pid = await attempt.run()
+            pid = await attempt.run(record, root)
         except TheseusError as error:
             await self._failed(record, error, task_possible=attempt.task_possible)
             raise
@@ -189,11 +195,16 @@ class _Attempt:
         self._runtimes = runtimes
         self._host = host
 
-    async def run(self) -> int:
-        """Make and start the task; returns init's pid."""
-        below, record = self._below, self._record
+    async def run(self, record: ContainerRecord, looked_up: Root) -> int:
+        """Make and start the task of a container that is recorded as starting; returns init's pid.
+
+        Args:
+            record: as it is recorded.
+            looked_up: what :meth:`root` finds.
+        """
+        below, self._record = self._below, record
         program = self._runtimes.program(record.config.runtime)
-        netns_path, (root, user) = await _both(self._connect(), self._root())
+        netns_path, (root, user) = await _both(self._connect(), looked_up)
         below.trace("start:connected")
         spec = await self._specification(netns_path, user)
         await below.containers.put(
@@ -231,7 +242,8 @@ class _Attempt:
         )
         return str(path)
 
-    async def _root(self) -> tuple[list[RootMount], ResolvedUser]:
+    async def root(self) -> tuple[list[RootMount], ResolvedUser]:
+        """The snapshot's mounts, and the user in it; nothing is changed."""
         mounts = await self._below.snapshots.mounts(self._record.id)
         wanted = self._record.config.user or self._record.image.config.user
         user = await asyncio.to_thread(lambda: resolve_user(root_layers(mounts), wanted))
@@ -271,6 +283,17 @@ class _Attempt:
             stderr="" if config.tty else uri,
             terminal=config.tty,
         )
+
+
+@asynccontextmanager
+async def _under_way(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Do something beside the block, which may take its result; it ends with the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _both(first: Any, second: Any) -> Any:
