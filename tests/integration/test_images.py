@@ -194,9 +194,14 @@ def test_a_truncated_layer(theseus, push, blob_file):
     picture = image.build([image.tar_layer([(image.entry("big"), bytes(range(256)) * 5000)])])
     reference = push(picture, "truncated")
     file = blob_file(layers_of(picture)[0])
+    whole = file.read_bytes()
     with theseus.leaves_nothing():
-        file.write_bytes(file.read_bytes()[:-10])
+        file.write_bytes(whole[:-10])
         assert theseus("pull", reference).code == 1
+        # What has come is kept for the next pull, and goes with the image.
+        file.write_bytes(whole)
+        theseus.ok("pull", reference)
+        theseus.ok("rmi", reference)
 
 
 def test_a_missing_layer(theseus, push, blob_file):
