@@ -38,7 +38,8 @@ class Fault:
     (429 with ``retry_after``), ``status`` (answers ``status``), ``html``, ``loop`` (redirects to
     itself), ``redirect`` (to ``location``), ``whole`` (ignores Range), ``bare`` (leaves out digest
     and length), ``typeless`` (application/json), ``excess`` (appends bytes), ``unbounded``
-    (and does not say how many there are), ``short`` (leaves the last one out).
+    (and does not say how many there are), ``short`` (leaves the last one out), ``cut`` (takes
+    ``after_bytes`` of a chunk, and closes the connection).
     """
 
     kind: str
@@ -77,6 +78,9 @@ class FakeRegistry:
     tokens: dict[str, str] = field(default_factory=dict)
     forms: list[dict[str, str]] = field(default_factory=list)
     given: int = 0
+    uploads: list[bytearray] = field(default_factory=list)
+    takes_chunks: bool = True
+    least_chunk: int = 0
     sent_bytes: int = 0
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     token_lifetime_s: int = 300
@@ -140,7 +144,7 @@ class FakeRegistry:
         if fault is not None and (response := await self._broken(request, fault)):
             return response
         if match["what"].startswith("uploads/"):
-            return await self._upload(request, match["name"])
+            return await self._upload(request, match["name"], fault)
         if match["kind"] == "manifests":
             return await self._manifest(request, match["name"], match["what"], fault)
         if self.gate is not None:
@@ -150,6 +154,8 @@ class FakeRegistry:
     def _fault(self, request: web.Request) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and fault.path in request.path:
+                if fault.kind == "cut" and request.method != "PATCH":
+                    continue
                 if (
                     fault.kind
                     in ("truncate", "revoke", "stall", "corrupt", "excess", "unbounded", "short")
@@ -254,18 +260,52 @@ class FakeRegistry:
         self.sent_bytes += len(data)
         await response.write(data)
 
-    async def _upload(self, request: web.Request, name: str) -> web.StreamResponse:
+    async def _upload(
+        self, request: web.Request, name: str, fault: Fault | None
+    ) -> web.StreamResponse:
         if request.method == "POST":
             if request.query.get("mount") in self.blobs:
                 return web.Response(status=201)
-            return web.Response(
-                status=202, headers={"Location": f"/v2/{name}/blobs/uploads/1?_state=a%2Bb"}
-            )
-        data = await request.read()
-        if request.query["_state"] != "a+b" or digest_of(data) != request.query["digest"]:
+            self.uploads.append(bytearray())
+            return self._session(name, len(self.uploads) - 1, 202)
+        number = int(request.path.rpartition("/")[2])
+        data = self.uploads[number]
+        if request.query["_state"] != "a+b":
             return web.Response(status=400)
-        self.blobs[digest_of(data)] = data
-        return web.Response(status=201, headers={"Docker-Content-Digest": digest_of(data)})
+        if request.method == "GET":
+            return self._session(name, number, 204)
+        if request.method == "PATCH":
+            return await self._chunk(request, name, number, fault)
+        data += await request.read()
+        if digest_of(bytes(data)) != request.query["digest"]:
+            return web.Response(status=400)
+        self.blobs[digest_of(bytes(data))] = bytes(data)
+        return web.Response(status=201, headers={"Docker-Content-Digest": digest_of(bytes(data))})
+
+    async def _chunk(
+        self, request: web.Request, name: str, number: int, fault: Fault | None
+    ) -> web.StreamResponse:
+        if not self.takes_chunks:
+            return web.Response(status=405)
+        data = self.uploads[number]
+        if int(request.headers["Content-Range"].partition("-")[0]) != len(data):
+            return web.Response(status=416)
+        if fault is not None and fault.kind == "cut":
+            data += await request.content.readexactly(fault.after_bytes)
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response(status=500)
+        data += await request.read()
+        return self._session(name, number, 202)
+
+    def _session(self, name: str, number: int, status: int) -> web.Response:
+        headers = {
+            "Location": f"/v2/{name}/blobs/uploads/{number}?_state=a%2Bb",
+            "Range": f"0-{max(0, len(self.uploads[number]) - 1)}",
+        }
+        if self.least_chunk:
+            headers["OCI-Chunk-Min-Length"] = str(self.least_chunk)
+        return web.Response(status=status, headers=headers)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         header = request.headers.get("Authorization", "")

@@ -19,6 +19,7 @@ from services.containerd.images.manifest import parse_index
 from services.containerd.images.platform import runnable_on
 from services.containerd.images.reference import parse_reference
 from services.containerd.remotes.remote import Credentials, RegistryAccess
+from services.containerd.remotes.upload import CHUNK_BYTES
 from services.containerd.transfer.destination import Destination, Unpacking
 from services.containerd.transfer.progress import report_nothing
 from tests.fakes.images import Blobs, build_image, build_index
@@ -145,6 +146,19 @@ async def test_push_and_pull(node: TransferNode, address: str) -> None:
         parse_reference(f"{address}/some/where@{image.manifest.digest}"), RegistryAccess()
     )
     assert (await by_digest.resolve()).media_type == image.manifest.media_type
+
+
+async def test_a_large_blob_goes_in_chunks(node: TransferNode, address: str) -> None:
+    blobs = Blobs()
+    image = build_image(blobs, [{"a": os.urandom(CHUNK_BYTES + 1_000_000)}], platform=HOST)
+    [layer] = image.layers
+    assert layer.size_bytes > CHUNK_BYTES
+    await store(node, blobs, image.manifest, "x")
+    remote = node.registries.open(parse_reference(f"{address}/large:1"), RegistryAccess())
+    await node.transfers.push("a", "x", remote, report_nothing)
+    async with await node.content.writer("b", "check") as writer:
+        await remote.fetch(layer, writer)
+        assert writer.digest == layer.digest
 
 
 async def test_a_broken_off_blob_is_continued_by_range(node: TransferNode, address: str) -> None:

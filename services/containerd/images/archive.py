@@ -30,7 +30,7 @@ from services.containerd.content.digest import digest_of
 from services.containerd.content.labels import UNCOMPRESSED
 from services.containerd.content.store import MANIFEST_MAX_BYTES
 from services.containerd.images import media_types
-from services.containerd.images.decompress import GZIP_MAGIC, ZSTD_MAGIC, gunzipped, gzipped
+from services.containerd.images.decompress import GZIP_MAGIC, ZSTD_MAGIC, decompressed, gzipped
 from services.containerd.images.manifest import describe, parse_config, parse_index
 from services.containerd.images.reference import oci_ref_name, parse_familiar_name
 from services.containerd.images.tar_stream import TarStream
@@ -89,7 +89,7 @@ class ArchiveReader:
 
         Args:
             namespace: whose.
-            source: the archive, plain or gzip.
+            source: the archive, plain, gzip or zstd.
             compress: compress layers of ``docker save`` that are not.
 
         Returns:
@@ -102,7 +102,7 @@ class ArchiveReader:
             DataLoss: it is cut short, or a blob is not what its name says.
             ResourceExhausted: it passes a limit.
         """
-        async with aclosing(gunzipped(source)) as plain:
+        async with aclosing(decompressed(source)) as plain:
             tar = TarStream(
                 plain, max_entries=self._limits.entries, max_bytes=self._limits.total_bytes
             )

@@ -35,7 +35,7 @@ from services.containerd.remotes.retry import Retry, retried
 from services.containerd.remotes.upload import Uploader
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     import aiohttp
 
@@ -107,7 +107,7 @@ class Repository:
     async def push(
         self,
         descriptor: Descriptor,
-        read: Callable[[], AsyncIterator[bytes]],
+        read: Callable[[int], AsyncGenerator[bytes, None]],
         *,
         mount_from: str = "",
         tag: str = "",

@@ -24,7 +24,7 @@ from services.containerd.remotes.http import HttpClient, HttpLimits, Transport
 from services.containerd.remotes.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -151,7 +151,7 @@ class MirroredRepository:
     async def push(
         self,
         descriptor: Descriptor,
-        read: Callable[[], AsyncIterator[bytes]],
+        read: Callable[[int], AsyncGenerator[bytes, None]],
         *,
         mount_from: str = "",
         tag: str = "",

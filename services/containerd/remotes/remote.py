@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from pathlib import Path
 
     from services.containerd.content.descriptor import Descriptor
@@ -87,7 +87,7 @@ class Remote(Protocol):
     async def push(
         self,
         descriptor: Descriptor,
-        read: Callable[[], AsyncIterator[bytes]],
+        read: Callable[[int], AsyncGenerator[bytes, None]],
         *,
         mount_from: str = "",
         tag: str = "",
@@ -96,7 +96,7 @@ class Remote(Protocol):
 
         Args:
             descriptor: what it is.
-            read: gives its bytes, from the beginning each time.
+            read: gives its bytes from an offset on; called again for each attempt.
             mount_from: a repository of the same registry that may have the blob already.
             tag: for an index or a manifest, the tag to give to it; empty: none.
         """

@@ -5,6 +5,7 @@ ImageImportStream ─▶ ImageStore          load
 ImageStore ────────▶ ImageStore          tag
 ImageStore ────────▶ OCIRegistry         push
 ImageStore ────────▶ ImageExportStream   export
+ImageImportStream ─▶ ImageExportStream   echo
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             (_STORE, _EXPORT): self._export,
             (_STORE, _REGISTRY): self._push,
             (_STORE, _STORE): self._tag,
+            (_IMPORT, _EXPORT): self._echo,
         }
 
     async def Transfer(self, request: pb.TransferRequest, context: Context) -> Empty:
@@ -145,6 +147,19 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         store = unpack(source, imagestore_pb2.ImageStore)
         destination = _destination(unpack(target, imagestore_pb2.ImageStore))
         await self._transfers.tag(namespace, store.name, destination)
+
+    async def _echo(self, namespace: str, source: Any, target: Any, report: Report) -> None:
+        """Send back what comes; clients try their streams with it."""
+        archive = unpack(source, importexport_pb2.ImageImportStream)
+        inbound = self._streams.get(namespace, archive.stream)
+        export = unpack(target, importexport_pb2.ImageExportStream)
+        outbound = self._streams.get(namespace, export.stream)
+        try:
+            async with aclosing(receive_bytes(inbound)) as data:
+                await send_bytes(outbound, data)
+        finally:
+            await inbound.close()
+            await outbound.close()
 
     @asynccontextmanager
     async def _remote(

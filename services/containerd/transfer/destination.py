@@ -156,5 +156,10 @@ def _allowed(name: str, extra: ExtraName) -> bool:
     """Whether a full name may stand: it has the prefix, up to a whole part, or need not."""
     if not extra.name:
         return False
-    rest = name.removeprefix(extra.name)
-    return extra.allow_overwrite or (rest != name and (not rest or rest[0] in "/:@"))
+    return extra.allow_overwrite or begins_with(name, extra.name)
+
+
+def begins_with(name: str, prefix: str) -> bool:
+    """Whether a name has a prefix that ends where a part of it does: ``a/b`` of ``a/b:1``."""
+    rest = name.removeprefix(prefix) if prefix else name
+    return rest != name and (not rest or rest[0] in "/:@")

@@ -17,7 +17,7 @@ from services.containerd.transfer.collaborators import first_error
 from services.containerd.transfer.progress import Progress, ProgressTracker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from services.containerd.content.descriptor import Descriptor, Platform
     from services.containerd.content.store import ContentReader
@@ -133,10 +133,11 @@ class _Upload:
                 return
             sent = 0
 
-            async def read() -> AsyncIterator[bytes]:
+            async def read(offset: int) -> AsyncGenerator[bytes, None]:
                 nonlocal sent
-                sent = 0
-                async for chunk in self._content.chunks(self._namespace, descriptor.digest):
+                sent = offset
+                chunks = self._content.chunks(self._namespace, descriptor.digest, offset=offset)
+                async for chunk in chunks:
                     yield chunk
                     sent += len(chunk)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument, NotFound
 from services.containerd.images.archive_writer import ArchiveWriter
-from services.containerd.transfer.destination import record
+from services.containerd.transfer.destination import begins_with, record
 from services.containerd.transfer.progress import Progress
 
 if TYPE_CHECKING:
@@ -92,29 +92,36 @@ class Transfers:
         options: ExportOptions,
         report: Report,
     ) -> AsyncGenerator[bytes, None]:
-        """An archive of the images of these names.
+        """An archive of the images of these names, each once; a prefix stands for all below it.
 
         Raises:
-            NotFound: one of them is not there, or a part of it.
-            Unimplemented: a name is a prefix.
+            NotFound: one of them is not there, or a part of it, or nothing has the prefix.
+            InvalidArgument: there are no names.
         """
         report(Progress("Exporting"))
         async with self._leases.hold(namespace):
-            names = [name] if name else []
+            found = [await self._images.get(namespace, name)] if name else []
             for extra in extra_names:
                 if extra.is_prefix:
-                    raise Unimplemented(
-                        f"images are not found by the prefix {extra.name!r} for an export: "
-                        "give their full names"
-                    )
-                names.append(extra.name)
-            if not names:
+                    found += await self._below(namespace, extra.name)
+                else:
+                    found.append(await self._images.get(namespace, extra.name))
+            if not found:
                 raise InvalidArgument("no image was named to export", field="source.name")
-            found = [await self._images.get(namespace, each) for each in names]
-            pairs = [(image.name, image.target) for image in found]
+            pairs = list({image.name: (image.name, image.target) for image in found}.values())
             async for piece in self._writer.save(namespace, pairs, options):
                 yield piece
         report(Progress("Completed export"))
+
+    async def _below(self, namespace: str, prefix: str) -> list[Image]:
+        """The images whose names begin with ``prefix``, up to a whole part."""
+        images = await self._images.find(namespace)
+        found = [image for image in images if begins_with(image.name, prefix.rstrip("/"))]
+        if not found:
+            raise NotFound(
+                f"no image has a name that begins with {prefix!r}", resource=("image", prefix)
+            )
+        return found
 
     async def tag(self, namespace: str, name: str, destination: Destination) -> list[Image]:
         """Give an image further names.

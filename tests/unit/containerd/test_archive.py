@@ -9,6 +9,7 @@ import tarfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import zstandard
 
 from services.common.errors import (
     DataLoss,
@@ -16,7 +17,6 @@ from services.common.errors import (
     NotFound,
     ResourceExhausted,
     TheseusError,
-    Unimplemented,
 )
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import digest_of
@@ -28,6 +28,7 @@ from services.containerd.images.archive import (
     ArchiveReader,
 )
 from services.containerd.images.archive_writer import ArchiveWriter, ExportOptions
+from services.containerd.images.decompress import decompressed
 from services.containerd.images.manifest import parse_index, parse_manifest
 from services.containerd.images.platform import ordered
 from services.containerd.transfer.destination import Destination, ExtraName, Unpacking
@@ -36,7 +37,7 @@ from tests.fakes.images import Blobs, build_image, build_index, described, layer
 from tests.fakes.transfer_node import TransferNode, open_transfer_node
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from tests.fakes.images import BuiltImage
@@ -137,12 +138,23 @@ async def saved(
     return b"".join([piece async for piece in writer.save("a", images, options or ExportOptions())])
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-async def test_an_oci_layout_is_taken_with_its_names(node: TransferNode, compressed: bool) -> None:
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "none": lambda data: data,
+    "gzip": gzip.compress,
+    "gzip members": lambda data: gzip.compress(data[:700]) + gzip.compress(data[700:]),
+    "zstd": zstandard.compress,
+    "zstd frames": lambda data: b"".join(
+        zstandard.compress(data[at : at + 300]) for at in range(0, len(data), 300)
+    ),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+async def test_an_oci_layout_is_taken_with_its_names(node: TransferNode, compression: str) -> None:
     blobs = Blobs()
     image = build_image(blobs, [{"a": b"1"}])
     data = tar(oci_archive(blobs, [named(image.manifest)]))
-    [entry] = await load(node, gzip.compress(data) if compressed else data)
+    [entry] = await load(node, COMPRESSIONS[compression](data))
     assert entry.digest == image.manifest.digest
     assert entry.annotations[IMAGE_NAME] == NAME
     assert set(blobs.data) < await node.digests()
@@ -228,7 +240,8 @@ async def test_what_is_no_archive_of_images_is_refused(node: TransferNode) -> No
         (b"", InvalidArgument, "neither"),
         (tar({"a": b"1"}), InvalidArgument, "neither"),
         (b"hello" * 1000, InvalidArgument, "no tar"),
-        (b"\x28\xb5\x2f\xfd" + b"x" * 100, Unimplemented, "zstd"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 100, DataLoss, "zstd stream is corrupt"),
+        (zstandard.compress(bytes(10 << 20))[:-1], DataLoss, "zstd stream is cut short"),
         (b"\x1f\x8b" + b"x" * 100, DataLoss, "gzip"),
         (gzip.compress(tar({"a": b"1"}))[:-20], DataLoss, "cut short"),
         (tar({"oci-layout": b"{}"}), InvalidArgument, "version None"),
@@ -260,6 +273,16 @@ async def test_a_blob_that_is_not_what_its_name_says_is_data_loss(node: Transfer
     error = await broken(node, tar(files))
     assert isinstance(error, DataLoss)
     assert image.config.digest not in await node.digests()
+
+
+async def test_a_zstd_archive_that_is_nearly_nothing_is_expanded_in_bounded_pieces() -> None:
+    bomb = zstandard.compress(bytes(300 << 20))
+    assert len(bomb) < 20_000
+    largest = total = 0
+    async for piece in decompressed(pieces(bomb, 1 << 20)):
+        largest, total = max(largest, len(piece)), total + len(piece)
+    assert total == 300 << 20
+    assert largest <= 32 << 20
 
 
 async def test_limits_are_kept(node: TransferNode) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +33,7 @@ from tests.fakes.images import Blobs, build_image, build_index
 from tests.fakes.registry import FakeRegistry, Fault
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from services.containerd.remotes.mirrors import MirroredRepository
 
@@ -446,8 +447,8 @@ async def test_push_uploads_blobs_then_the_manifest(
     repository = remote(registries, registry, "lib/new:1")
     for descriptor in (*image.layers, image.config, image.manifest, index):
 
-        async def read(digest: str = descriptor.digest) -> AsyncIterator[bytes]:
-            yield blobs.data[digest]
+        async def read(offset: int, digest: str = descriptor.digest) -> AsyncGenerator[bytes]:
+            yield blobs.data[digest][offset:]
 
         assert not await repository.has(descriptor)
         await repository.push(descriptor, read, tag="1" if descriptor is index else "")
@@ -463,7 +464,7 @@ async def test_push_mounts_what_another_repository_has(
 
     sent = []
 
-    async def read() -> AsyncIterator[bytes]:
+    async def read(offset: int) -> AsyncGenerator[bytes]:
         sent.append(descriptor)
         yield BIG
 
@@ -512,3 +513,72 @@ def test_retry_after_takes_seconds_and_dates() -> None:
     assert parse_retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
     assert parse_retry_after("soon") is None
     assert parse_retry_after("") is None
+
+
+LARGE = random.Random(3).randbytes((16 << 20) + 5_000_000)
+CHUNK = 16 << 20
+
+
+async def push_large(
+    registries: DistributionRegistries, registry: FakeRegistry, sent: list[int]
+) -> Descriptor:
+    """Push a blob of more than a chunk; ``sent`` is told the offsets that it is read from."""
+    blob = Descriptor(media_types.OCI_LAYER, digest_of(LARGE), len(LARGE))
+
+    async def read(offset: int) -> AsyncGenerator[bytes]:
+        sent.append(offset)
+        for at in range(offset, len(LARGE), 1 << 20):
+            yield LARGE[at : at + (1 << 20)]
+
+    await remote(registries, registry).push(blob, read)
+    assert registry.blobs[blob.digest] == LARGE
+    return blob
+
+
+async def test_a_large_blob_is_pushed_in_chunks(
+    registry: FakeRegistry, registries: DistributionRegistries
+) -> None:
+    sent: list[int] = []
+    await push_large(registries, registry, sent)
+    chunks = registry.requests("PATCH", "/uploads/")
+    ranges = [seen.headers["Content-Range"] for seen in chunks]
+    assert ranges == [f"0-{CHUNK - 1}", f"{CHUNK}-{len(LARGE) - 1}"]
+    assert sent[:2] == [0, CHUNK]
+    [put] = registry.requests("PUT", "/uploads/")
+    assert put.headers["Content-Length"] == "0"
+
+
+@pytest.mark.parametrize("taken", [0, 3_000_000])
+async def test_a_chunk_that_breaks_off_is_gone_on_with_where_the_registry_is(
+    taken: int, registry: FakeRegistry, registries: DistributionRegistries
+) -> None:
+    registry.faults.append(Fault("cut", "/uploads/", after_bytes=taken))
+    sent: list[int] = []
+    await push_large(registries, registry, sent)
+    assert sent[:2] == [0, taken]
+    assert len(registry.requests("POST", "/uploads/")) == 1
+
+
+async def test_a_registry_that_breaks_off_for_ever_fails_a_push(
+    registry: FakeRegistry, registries: DistributionRegistries
+) -> None:
+    registry.faults.append(Fault("cut", "/uploads/", times=99))
+    with pytest.raises(Unavailable, match="broke"):
+        await push_large(registries, registry, [])
+
+
+async def test_a_registry_without_chunks_gets_a_blob_in_one_piece(
+    registry: FakeRegistry, registries: DistributionRegistries
+) -> None:
+    registry.takes_chunks = False
+    await push_large(registries, registry, [])
+    [put] = registry.requests("PUT", "/uploads/")
+    assert put.headers["Content-Length"] == str(len(LARGE))
+
+
+async def test_a_registry_may_want_larger_chunks(
+    registry: FakeRegistry, registries: DistributionRegistries
+) -> None:
+    registry.least_chunk = len(LARGE)
+    await push_large(registries, registry, [])
+    assert not registry.requests("PATCH", "/uploads/")

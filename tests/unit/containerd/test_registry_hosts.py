@@ -23,7 +23,7 @@ from tests.fakes.images import Blobs, build_image
 from tests.fakes.registry import FakeRegistry, Fault
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
     from services.containerd.remotes.mirrors import MirroredRepository
@@ -260,8 +260,8 @@ async def test_a_push_goes_to_the_first_host_that_takes_pushes(
     hosts = f'[host."http://{mirror.address}"]\ncapabilities = ["pull", "resolve"]'
     configure(tmp_path, f'server = "http://{own.address}"\n{hosts}')
 
-    async def read() -> AsyncIterator[bytes]:
-        yield DATA
+    async def read(offset: int) -> AsyncGenerator[bytes]:
+        yield DATA[offset:]
 
     await remote(registries).push(BLOB, read)
     assert [seen.method for seen in own.seen] == ["POST", "PUT"]

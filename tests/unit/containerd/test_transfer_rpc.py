@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import tarfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -220,28 +221,29 @@ async def test_failures_have_codes_and_words(client: Client, registry: FakeRegis
     assert "containerd.types.transfer.ImageStore" in words
 
 
-async def exported(client: Client, name: str, stream_id: str = "export") -> bytes:
-    """Take an archive as clients do: in small windows, until the server ends it."""
-    stream = await client.open(stream_id)
+async def received(stream: ClientStream) -> bytes:
+    """Take bytes as clients do: in small windows, until the server ends them."""
+    data, window = b"", 0
+    while True:
+        if window < 65536:
+            await stream.write(WindowUpdate(update=65536))
+            window += 65536
+        message = await stream.read()
+        if message is None:
+            return data
+        part = Data.FromString(message.value).data
+        assert len(part) <= 32 << 10
+        window -= len(part)
+        assert window >= 0
+        data += part
 
-    async def receive() -> bytes:
-        data, window = b"", 0
-        while True:
-            if window < 65536:
-                await stream.write(WindowUpdate(update=65536))
-                window += 65536
-            message = await stream.read()
-            if message is None:
-                return data
-            part = Data.FromString(message.value).data
-            assert len(part) <= 32 << 10
-            window -= len(part)
-            assert window >= 0
-            data += part
 
-    receiving = asyncio.create_task(receive())
+async def exported(client: Client, name: str, **options: Any) -> bytes:
+    """Export images."""
+    receiving = asyncio.create_task(received(await client.open("export")))
     await client.transfer(
-        imagestore_pb2.ImageStore(name=name), importexport_pb2.ImageExportStream(stream=stream_id)
+        imagestore_pb2.ImageStore(name=name, **options),
+        importexport_pb2.ImageExportStream(stream="export"),
     )
     return await receiving
 
@@ -283,6 +285,58 @@ async def test_export_and_import_carry_an_image_to_another_node(
         assert (await other.meta.images.get("a", name)).name == name
         assert set(blobs.data) <= await other.digests()
         await until(lambda: len(other.streams) == 0)
+
+
+async def test_several_images_are_exported_by_name_and_by_prefix(
+    client: Client, registry: FakeRegistry
+) -> None:
+    blobs = Blobs()
+    names = []
+    for number, repository in enumerate(("team/a", "team/b", "teams/c")):
+        image = build_image(blobs, [{"f": bytes([number])}])
+        names.append(registry.serve(repository, "1", image.manifest, blobs))
+        await client.transfer(
+            registry_pb2.OCIRegistry(reference=names[-1]),
+            imagestore_pb2.ImageStore(name=names[-1]),
+        )
+    team = imagestore_pb2.ImageReference(name=f"{registry.address}/team/", is_prefix=True)
+    data = await exported(client, names[0], extra_references=[team])
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        listed = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
+        index = json.load(archive.extractfile("index.json"))  # type: ignore[arg-type]
+    assert sorted(tag for image in listed for tag in image["RepoTags"]) == sorted(names[:2])
+    assert len(index["manifests"]) == 2
+    nothing = imagestore_pb2.ImageReference(name="r.example", is_prefix=True)
+    code, words = await code_of(exported(client, "", extra_references=[nothing]))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert "begins with 'r.example'" in words
+
+
+async def test_an_import_to_an_export_is_sent_back(client: Client) -> None:
+    data = bytes(range(256)) * 20_000
+    inbound, outbound = await client.open("in"), await client.open("out")
+    transfer = asyncio.create_task(
+        client.transfer(
+            importexport_pb2.ImageImportStream(stream="in"),
+            importexport_pb2.ImageExportStream(stream="out"),
+        )
+    )
+    receiving = asyncio.create_task(received(outbound))
+
+    async def send() -> None:
+        granted, position = 0, 0
+        while position < len(data):
+            while granted <= 0:
+                granted += WindowUpdate.FromString(await inbound.must_read()).update
+            await inbound.write(Data(data=data[position : position + (32 << 10)]))
+            position += 32 << 10
+            granted -= 32 << 10
+        await inbound.call.done_writing()
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(send(), transfer)
+        assert await receiving == data
+    await until(lambda: len(client.node.streams) == 0)
 
 
 async def test_an_import_whose_client_goes_away_fails_and_leaves_no_ingest(
