@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 2.0
+_REGISTER_S = 0.1
 _SETTLED_S = 2.0  # most containers that live as long are idle then
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -131,8 +133,11 @@ class Shim:
                 member.write_identity(self._identity())
             serving(self._identity())
             log.info("shim serves", socket=str(self._config.socket), version=VERSION)
-            for member in self._members:
-                member.register()
+            if self._successor is not None or self._config.adopt:
+                for member in self._members:
+                    member.register()
+            else:
+                self._background.start(self._register(self._members.first), name="register")
             loop.call_later(_SETTLED_S, packing.offer_to_merge)
             await self._end()
             await self._tasks.finish()
@@ -141,6 +146,18 @@ class Shim:
         for member in self._members:
             await member.leave()
         log.info("shim ends")
+
+    async def _register(self, first: Member) -> None:
+        """Register while the runtime makes the container, or soon, if nothing is asked.
+
+        Before that it would only hold up the container: nobody waits for a shim that has nothing
+        to tell.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REGISTER_S):
+                await self._reaper.spawned.wait()
+        if first in list(self._members):  # it may have left
+            first.register()
 
     async def _take_over(self, successor: Successor) -> None:
         """Go on where an earlier image of this process was."""

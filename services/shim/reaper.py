@@ -99,10 +99,16 @@ class Window:
 
 
 class Reaper:
-    """Waits for all children of this process. ``start`` before anything is spawned."""
+    """Waits for all children of this process. ``start`` before anything is spawned.
+
+    Attributes:
+        zombies_reaped: children that nobody waited for.
+        spawned: set once a program was started.
+    """
 
     def __init__(self) -> None:
         self.zombies_reaped = 0
+        self.spawned = asyncio.Event()
         self._watches: dict[int, Callable[[Exit], None]] = {}
         self._windows: list[Window] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -163,6 +169,7 @@ class Reaper:
         )
         future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._watches[pid] = partial(finish, future)
+        self.spawned.set()
         return pid, future
 
     def watch(self, pid: int, ended: Callable[[Exit], None], window: Window) -> None:
