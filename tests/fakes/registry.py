@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from services.containerd.content.descriptor import Descriptor
     from tests.fakes.images import Blobs
 
-_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<what>uploads/.*|[^/]+)")
+_PATH = re.compile(
+    r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|referrers)/(?P<what>uploads/.*|[^/]+)"
+)
 
 
 @dataclass
@@ -80,6 +82,7 @@ class FakeRegistry:
     given: int = 0
     uploads: list[bytearray] = field(default_factory=list)
     takes_chunks: bool = True
+    referrers_api: bool = True
     least_chunk: int = 0
     sent_bytes: int = 0
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -145,6 +148,8 @@ class FakeRegistry:
             return response
         if match["what"].startswith("uploads/"):
             return await self._upload(request, match["name"], fault)
+        if match["kind"] == "referrers":
+            return self._referrers(request, match["name"], match["what"])
         if match["kind"] == "manifests":
             return await self._manifest(request, match["name"], match["what"], fault)
         if self.gate is not None:
@@ -191,7 +196,10 @@ class FakeRegistry:
             data = await request.read()
             self.manifests[name, what] = (data, request.headers["Content-Type"])
             self.manifests[name, digest_of(data)] = self.manifests[name, what]
-            return web.Response(status=201, headers={"Docker-Content-Digest": digest_of(data)})
+            headers = {"Docker-Content-Digest": digest_of(data)}
+            if self.referrers_api and (subject := json.loads(data).get("subject")):
+                headers["OCI-Subject"] = subject["digest"]
+            return web.Response(status=201, headers=headers)
         if (name, what) not in self.manifests:
             return web.json_response(
                 {"errors": [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown"}]},
@@ -204,6 +212,27 @@ class FakeRegistry:
         if fault is not None and fault.kind == "typeless":
             headers["Content-Type"] = "application/json"
         return await self._send(request, data, headers, fault)
+
+    def _referrers(self, request: web.Request, name: str, digest: str) -> web.StreamResponse:
+        """The API of distribution-spec 1.1, one referrer a page."""
+        if not self.referrers_api:
+            return web.Response(status=404)
+        found = {}
+        for (repository, _), (data, media_type) in self.manifests.items():
+            document = json.loads(data)
+            if repository == name and document.get("subject", {}).get("digest") == digest:
+                found[digest_of(data)] = {
+                    "mediaType": media_type,
+                    "digest": digest_of(data),
+                    "size": len(data),
+                    "artifactType": document.get("artifactType", ""),
+                }
+        page = int(request.query.get("page", "0"))
+        index = {"schemaVersion": 2, "manifests": list(found.values())[page : page + 1]}
+        headers = {"Content-Type": "application/vnd.oci.image.index.v1+json"}
+        if page + 1 < len(found):
+            headers["Link"] = f'<{request.path}?page={page + 1}>; rel="next"'
+        return web.Response(body=json.dumps(index).encode(), headers=headers)
 
     async def _blob(
         self, request: web.Request, digest: str, fault: Fault | None

@@ -31,6 +31,7 @@ class Descriptor:
         annotations: of this reference, not of the blob.
         urls: further places to fetch the blob from.
         platform: in an index, what the image is for.
+        artifact_type: in a list of referrers, what each is.
     """
 
     media_type: str
@@ -39,3 +40,4 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
     urls: tuple[str, ...] = ()
     platform: Platform | None = None
+    artifact_type: str = ""

@@ -33,12 +33,18 @@ class MalformedManifest(InvalidArgument):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One image: its configuration and its layers, lowest first."""
+    """One image: its configuration and its layers, lowest first; or any other artifact.
+
+    ``subject`` is the manifest that it refers to, if it is about another one; ``artifact_type`` is
+    what it says it is, or the type of its configuration.
+    """
 
     config: Descriptor
     layers: tuple[Descriptor, ...]
     media_type: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    subject: Descriptor | None = None
+    artifact_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +84,14 @@ def parse_manifest(data: bytes, media_type: str) -> Manifest:
     config = document.get("config")
     if config is None:
         raise MalformedManifest(f"the manifest ({media_type}) has no config")
+    subject = document.get("subject")
     return Manifest(
         config=_descriptor(config, "config"),
         layers=_descriptors(document, "layers"),
         media_type=media_type,
         annotations=_string_map(document.get("annotations"), "annotations"),
+        subject=None if subject is None else _descriptor(subject, "subject"),
+        artifact_type=_string(document, "artifactType") or _media_type(config),
     )
 
 
@@ -112,6 +121,8 @@ def describe(descriptor: Descriptor) -> dict[str, Any]:
         "digest": descriptor.digest,
         "size": descriptor.size_bytes,
     }
+    if descriptor.artifact_type:
+        document["artifactType"] = descriptor.artifact_type
     if descriptor.urls:
         document["urls"] = list(descriptor.urls)
     if descriptor.annotations:
@@ -156,6 +167,17 @@ def _object(data: bytes, what: str) -> dict[str, Any]:
     return document
 
 
+def _string(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key) or ""
+    if not isinstance(value, str):
+        raise MalformedManifest(f"{key} is not a string")
+    return value
+
+
+def _media_type(config: Any) -> str:
+    return _string(config, "mediaType") if isinstance(config, dict) else ""
+
+
 def _descriptors(document: Mapping[str, Any], key: str) -> tuple[Descriptor, ...]:
     items = document.get(key)
     if items is None:
@@ -176,6 +198,9 @@ def _descriptor(item: Any, where: str) -> Descriptor:
     media_type = item.get("mediaType", "")
     if not isinstance(media_type, str):
         raise MalformedManifest(f"{where}.mediaType is not a string")
+    artifact_type = item.get("artifactType") or ""
+    if not isinstance(artifact_type, str):
+        raise MalformedManifest(f"{where}.artifactType is not a string")
     urls = item.get("urls") or []
     if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
         raise MalformedManifest(f"{where}.urls is not a list of URLs")
@@ -187,6 +212,7 @@ def _descriptor(item: Any, where: str) -> Descriptor:
         annotations=_string_map(item.get("annotations"), f"{where}.annotations"),
         urls=tuple(urls),
         platform=None if platform is None else _platform(platform, f"{where}.platform"),
+        artifact_type=artifact_type,
     )
 
 

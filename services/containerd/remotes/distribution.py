@@ -31,6 +31,7 @@ from services.containerd.images.media_types import (
     is_schema_1,
 )
 from services.containerd.remotes.http import read_bounded
+from services.containerd.remotes.referrers import Referrers
 from services.containerd.remotes.retry import Retry, retried
 from services.containerd.remotes.upload import Uploader
 
@@ -54,7 +55,8 @@ class Repository:
     def __init__(self, api: RepositoryApi, *, policy: RetryPolicy) -> None:
         self._api = api
         self._policy = policy
-        self._uploader = Uploader(api, policy=policy)
+        self._referrers = Referrers(api, policy=policy)
+        self._uploader = Uploader(api, self._referrers, policy=policy)
 
     @property
     def reference(self) -> Reference:
@@ -99,6 +101,10 @@ class Repository:
                 if writer.offset_bytes - before >= CHUNK_BYTES:
                     retry.progressed()
                 await retry.wait(error)
+
+    async def referrers(self, digest: str) -> tuple[Descriptor, ...]:
+        """See :class:`Remote`."""
+        return await self._referrers.find(digest)
 
     async def has(self, descriptor: Descriptor) -> bool:
         """See :class:`Remote`."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from services.containerd.remotes.body import Body
 
-READ_BUFFER_BYTES = 1 << 20
+READ_BUFFER_BYTES = 256 << 10
+"""What may be lost of a response that breaks off: twice as much, and it is fetched again."""
 
 _REDIRECTS = frozenset(
     {

@@ -144,6 +144,12 @@ class MirroredRepository:
 
         await self._first(Capability.PULL, fetch)
 
+    async def referrers(self, digest: str) -> tuple[Descriptor, ...]:
+        """See :class:`Remote`."""
+        return await self._first(
+            Capability.REFERRERS, lambda repository, _: repository.referrers(digest)
+        )
+
     async def has(self, descriptor: Descriptor) -> bool:
         """See :class:`Remote`."""
         return await (await self._pushed_to()).has(descriptor)

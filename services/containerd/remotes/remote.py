@@ -81,6 +81,13 @@ class Remote(Protocol):
             DataLoss: the registry sent more bytes than the descriptor says.
         """
 
+    async def referrers(self, digest: str) -> tuple[Descriptor, ...]:
+        """What refers to a manifest or an index, with ``artifact_type``; none if it is not there.
+
+        Raises:
+            MalformedManifest: the registry's list does not parse.
+        """
+
     async def has(self, descriptor: Descriptor) -> bool:
         """Whether the repository has a blob, an index or a manifest already."""
 

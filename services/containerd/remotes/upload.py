@@ -8,13 +8,14 @@ in one request after all.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
 from yarl import URL
 
 from services.common.errors import DataLoss, FailedPrecondition, Unavailable
+from services.containerd.images.manifest import parse_manifest
 from services.containerd.images.media_types import OCTET_STREAM, is_index, is_manifest
 from services.containerd.remotes.body import Body
 from services.containerd.remotes.retry import Retry, RetryPolicy, retried
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from services.containerd.content.descriptor import Descriptor
     from services.containerd.remotes.api import RepositoryApi
+    from services.containerd.remotes.referrers import Referrers
 
 log = structlog.get_logger(__name__)
 
@@ -51,9 +53,15 @@ class Uploader:
     """Sends blobs and manifests."""
 
     def __init__(
-        self, api: RepositoryApi, *, policy: RetryPolicy, chunk_bytes: int = CHUNK_BYTES
+        self,
+        api: RepositoryApi,
+        referrers: Referrers,
+        *,
+        policy: RetryPolicy,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._api = api
+        self._referrers = referrers
         self._policy = policy
         self._chunk_bytes = chunk_bytes
 
@@ -72,7 +80,9 @@ class Uploader:
         """See :meth:`Remote.push`."""
         body = Body(read, descriptor.size_bytes)
         if _is_document(descriptor):
-            await retried(self._policy, lambda: self._put_manifest(descriptor, body, tag))
+            lists = await retried(self._policy, lambda: self._put_manifest(descriptor, body, tag))
+            if not lists and is_manifest(descriptor.media_type):
+                await self._list_as_referrer(descriptor, body)
         else:
             await retried(self._policy, lambda: self._put_blob(descriptor, body, mount_from))
 
@@ -87,7 +97,8 @@ class Uploader:
         ) as response:
             return response.status == 200
 
-    async def _put_manifest(self, descriptor: Descriptor, body: Body, tag: str) -> None:
+    async def _put_manifest(self, descriptor: Descriptor, body: Body, tag: str) -> bool:
+        """Returns whether the registry lists referrers itself (spec, "Pushing Manifests")."""
         async with self._api.request(
             "PUT",
             self._api.url("manifests", tag or descriptor.digest),
@@ -97,6 +108,19 @@ class Uploader:
             expected=(200, 201, 202),
         ) as response:
             self._check_digest(response, descriptor)
+            return "OCI-Subject" in response.headers
+
+    async def _list_as_referrer(self, descriptor: Descriptor, body: Body) -> None:
+        data = b"".join([piece async for piece in body.chunks()])
+        manifest = parse_manifest(data, descriptor.media_type)
+        if manifest.subject is not None:
+            referrer = replace(
+                descriptor,
+                platform=None,
+                artifact_type=manifest.artifact_type,
+                annotations=manifest.annotations,
+            )
+            await self._referrers.add(manifest.subject.digest, referrer)
 
     async def _put_blob(self, descriptor: Descriptor, body: Body, mount_from: str) -> None:
         upload = await self._begin(descriptor, mount_from)

@@ -52,7 +52,8 @@ class Destination:
         name: of the image; empty: only ``extra_names`` count.
         labels: of the image.
         platforms: whose content is transferred; empty: all.
-        all_metadata: keep manifests and configurations of other platforms too.
+        all_metadata: keep manifests and configurations of other platforms too, and what refers to
+            the image.
         manifest_limit: most manifests of an index, best first; 0: no limit.
         extra_names: beside ``name``.
         unpackings: what becomes snapshots.

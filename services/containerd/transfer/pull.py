@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from services.containerd.transfer.collaborators import first_error
 from services.containerd.transfer.destination import record
 from services.containerd.transfer.progress import Progress, ProgressTracker
+from services.containerd.transfer.referrers import ReferrersPull
 from services.containerd.transfer.resumption import PullLeases
 from services.containerd.transfer.selection import ImageTree
 
@@ -103,6 +104,14 @@ class Puller:
                 for blob in blobs:
                     if blob.digest not in fetching:
                         fetching[blob.digest] = group.create_task(obtain(blob))
+
+            if destination.all_metadata:
+                referrers = ReferrersPull(
+                    self._content, namespace, remote, tracker=tracker, obtain=obtain
+                )
+                group.create_task(
+                    referrers.fetch((target, *(image.manifest for image in selected)))
+                )
 
             async def arrived(descriptor: Descriptor) -> None:
                 await asyncio.shield(fetching[descriptor.digest])

@@ -42,12 +42,14 @@ class SelectedImage:
     """One manifest that is transferred with its layers.
 
     Attributes:
+        manifest: where the manifest is.
         config: where the configuration is.
         platform: what it is for; None if it is no image of a file system.
         layers: with their diff ids, lowest first; without, if it is none.
         others: blobs that are transferred and not unpacked.
     """
 
+    manifest: Descriptor
     config: Descriptor
     platform: Platform | None
     layers: tuple[UnpackLayer, ...]
@@ -106,7 +108,7 @@ class ImageTree:
         await self._label(descriptor, below)
         self._tracker.add_children(descriptor, below)
         if is_manifest(descriptor.media_type):
-            return await self._visit_manifest(below, with_layers=with_layers)
+            return await self._visit_manifest(descriptor, below, with_layers=with_layers)
         above = check_nesting(descriptor, above)
         chosen = self._destination.select(descriptor, below)
         if self._partial:
@@ -137,7 +139,7 @@ class ImageTree:
         return present
 
     async def _visit_manifest(
-        self, below: Sequence[Descriptor], *, with_layers: bool
+        self, manifest: Descriptor, below: Sequence[Descriptor], *, with_layers: bool
     ) -> list[SelectedImage]:
         config, *rest = below
         await self._obtain(config)
@@ -147,7 +149,7 @@ class ImageTree:
         layers = [blob for blob in rest if is_layer(blob.media_type)]
         others = tuple(blob for blob in rest if not is_layer(blob.media_type))
         if parsed is None:
-            return [SelectedImage(config, None, (), (*layers, *others))]
+            return [SelectedImage(manifest, config, None, (), (*layers, *others))]
         if len(layers) != len(parsed.diff_ids):
             unknown = "".join(f", and one of unknown media type {o.media_type}" for o in others)
             raise MalformedManifest(
@@ -155,7 +157,7 @@ class ImageTree:
                 f"{config.digest} has {len(parsed.diff_ids)} diff ids"
             )
         pairs = tuple(map(UnpackLayer, layers, parsed.diff_ids))
-        return [SelectedImage(config, parsed.platform, pairs, others)]
+        return [SelectedImage(manifest, config, parsed.platform, pairs, others)]
 
     async def _config(self, config: Descriptor) -> ImageConfig | None:
         if not is_config(config.media_type) and config.media_type != OCTET_STREAM:
