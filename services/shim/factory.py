@@ -272,14 +272,14 @@ def _answer_and_close(connection: socket.socket, answer: dict[str, object]) -> N
 def warm_up() -> None:
     """Import what is imported late otherwise, and let a shim live once for practice."""
     # Imported late: it imports this process' own parts.
-    from services.shim.rehearsal import rehearse
+    from services.shim.rehearsal import rehearse, trace
 
     tracing.prepare()
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     socket_group()
     try:
-        packing.gather(packing.trace_rehearsal())
+        packing.gather(trace())
         rehearse()
     except Exception as error:
         # A shim works without, whatever was wrong; it has more memory of its own then.

@@ -58,22 +58,6 @@ class CodeTracer:
             self.codes[id(frame.f_code)] = frame.f_code
 
 
-def trace_rehearsal() -> dict[int, CodeType]:
-    """The code that a shim runs, by id.
-
-    Raises:
-        OSError: see :func:`services.shim.rehearsal.rehearse`.
-        TimeoutError: likewise.
-    """
-    # Imported late: it imports all of the shim.
-    from services.shim.rehearsal import rehearse
-
-    rehearse()
-    with CodeTracer() as tracer:
-        rehearse()
-    return tracer.codes
-
-
 def gather(codes: Mapping[int, CodeType]) -> None:
     """Lay ``codes``, by their ids, side by side: every call writes to the code that it runs.
 

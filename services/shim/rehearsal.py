@@ -26,9 +26,11 @@ from services.common import log as logs
 from services.shim.app import Shim, Transport
 from services.shim.config import ShimConfig
 from services.shim.metrics import ShimMetrics
+from services.shim.packing import CodeTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import CodeType
 
     from google.protobuf.message import Message
 
@@ -75,6 +77,18 @@ def rehearse() -> None:
             logs.Logger.least = least
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+
+
+def trace() -> dict[int, CodeType]:
+    """The code that a shim runs, by id; it is played twice.
+
+    Raises:
+        As :func:`rehearse`.
+    """
+    rehearse()
+    with CodeTracer() as tracer:
+        rehearse()
+    return tracer.codes
 
 
 @contextlib.contextmanager

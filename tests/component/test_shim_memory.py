@@ -21,7 +21,7 @@ packing.leave_out()
 from services.shim import rehearsal
 
 before = [signal.getsignal(number) for number in rehearsal.SIGNALS]
-codes = packing.trace_rehearsal()
+codes = rehearsal.trace()
 names = {code.co_qualname for code in codes.values()}
 assert {"Container.create", "Spool.record", "JsonFileFormat.__init__", "_Call.unary"} <= names
 old = rehearsal.Shim.run.__code__
