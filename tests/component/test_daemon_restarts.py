@@ -252,6 +252,17 @@ async def _first(call):
     return await call.read()
 
 
+async def test_a_restart_asks_once_about_all_that_run(made):
+    for number in range(3):
+        await made.run(f"c{number}", **QUIET)
+    await made.stop()
+    made.node.calls.clear()
+    await made.start()
+    await made.app._follower.settled.wait()
+    assert {container.state for container in await made.list_all()} == {RUNNING}
+    assert (made.node.calls.count("Tasks.List"), made.node.calls.count("Tasks.Get")) == (1, 0)
+
+
 CREATE_STEPS = [f"create:{step}" for step in ("recorded", "volumes", "furnished", "filled")]
 REMOVE_STEPS = [
     *(f"remove:{step}" for step in ("recorded", "clean", "snapshot", "volumes", "files")),

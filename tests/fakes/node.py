@@ -410,15 +410,26 @@ class _Tasks(tasks_pb2_grpc.TasksServicer):
 
     async def Get(self, request, context):
         process = await self._process(request, context)
+        answer = self._state(request.exec_id or request.container_id, process)
+        return tasks_pb2.GetResponse(process=answer)
+
+    async def List(self, request, context):
+        tasks = self._world.tasks.items()
+        return tasks_pb2.ListTasksResponse(
+            tasks=[self._state(identity, processes[""]) for identity, processes in tasks]
+        )
+
+    @staticmethod
+    def _state(identity, process):
         answer = task_pb2.Process(
-            id=request.exec_id or request.container_id,
+            id=identity,
             pid=process.pid,
             status=process.status,
             exit_status=process.exit_code,
         )
         if process.exited_at_ns:
             answer.exited_at.FromNanoseconds(process.exited_at_ns)
-        return tasks_pb2.GetResponse(process=answer)
+        return answer
 
     async def Kill(self, request, context):
         process = await self._process(request, context)

@@ -125,13 +125,13 @@ class ContainerdTasks:
         request = pb.GetRequest(container_id=container_id, exec_id=exec_id)
         with self._connection.calls():
             answer = await self._stub.Get(request, timeout=TIMEOUT_S)
-        process = answer.process
-        return TaskProcess(
-            pid=process.pid,
-            status=_STATUS.get(process.status, TaskStatus.UNKNOWN),
-            exit_code=process.exit_status,
-            exited_at_ns=process.exited_at.ToNanoseconds(),
-        )
+        return _process(answer.process)
+
+    async def all(self) -> dict[str, TaskProcess]:
+        """See the interface."""
+        with self._connection.calls():
+            answer = await self._stub.List(pb.ListTasksRequest(), timeout=TIMEOUT_S)
+        return {process.id: _process(process) for process in answer.tasks}
 
     async def wait_end(self, container_id: str, exec_id: str = "", *, timeout_s: float) -> None:
         """See the interface."""
@@ -159,3 +159,12 @@ class ContainerdTasks:
                     await self._stub.Delete(task, timeout=TIMEOUT_S)
         except NotFound:
             return
+
+
+def _process(message: task_pb2.Process) -> TaskProcess:
+    return TaskProcess(
+        pid=message.pid,
+        status=_STATUS.get(message.status, TaskStatus.UNKNOWN),
+        exit_code=message.exit_status,
+        exited_at_ns=message.exited_at.ToNanoseconds(),
+    )

@@ -77,7 +77,10 @@ class Reconciler:
             async with limit:
                 await self._one(record)
 
-        records = [record for record in self._below.store.list_all() if record.live]
+        live = [record for record in self._below.store.list_all() if record.live]
+        there = await self._below.tasks.all() if live else {}
+        # What ends after this answer has an event after those that were read.
+        records = [record for record in live if not _agree(record, there.get(record.id))]
         results = await asyncio.gather(*(one(r) for r in records), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -205,6 +208,14 @@ class Reconciler:
                 lost=changed.exit.lost,
             )
         self._caretaker.tend(record.id)
+
+
+def _agree(record: ContainerRecord, process: TaskProcess | None) -> bool:
+    """Whether a record says of its task what containerd says: nothing is to be asked then."""
+    match record.state, process and process.status:
+        case (State.RUNNING, TaskStatus.RUNNING) | (State.PAUSED, TaskStatus.PAUSED):
+            return True
+    return False
 
 
 def _correct(

@@ -149,6 +149,9 @@ class Tasks(Protocol):
             NotFound: there is none.
         """
 
+    async def all(self) -> Mapping[str, TaskProcess]:
+        """State of every container's init by the container's id, as far as it is known now."""
+
     async def wait_end(self, container_id: str, exec_id: str = "", *, timeout_s: float) -> None:
         """Wait until a process has stopped.
 
