@@ -27,7 +27,7 @@ from services.common.metrics import MetricsEndpoint, ServerMetrics, render_regis
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.check.unclean import run_noted
-from services.containerd.clients.foreign_shim import connect_shim
+from services.containerd.clients.foreign_shim import connect_shim, has_sandboxes
 from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.clients.shim_program import ShimPrograms
 from services.containerd.clients.snapshots import SnapshotsClient
@@ -62,6 +62,7 @@ from services.containerd.rpc.journal import JournalService
 from services.containerd.rpc.leases import LeaseInterceptor, LeasesService
 from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
+from services.containerd.rpc.sandboxes import SandboxControllerService, SandboxStoreService
 from services.containerd.rpc.served import services
 from services.containerd.rpc.shim_events import ShimEventsServer
 from services.containerd.rpc.snapshots import SnapshotsService
@@ -72,6 +73,8 @@ from services.containerd.rpc.transfer import TransferService
 from services.containerd.rpc.upgrades import UpgradesService
 from services.containerd.rpc.version import VersionService
 from services.containerd.runtimes import OUR_RUNTIMES
+from services.containerd.sandboxes.controller import SandboxController
+from services.containerd.sandboxes.local import LocalSandboxStore
 from services.containerd.snapshots.native import NativeSnapshotter
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import SnapshotIds
@@ -369,6 +372,17 @@ class App:
             "leases": LeasesService(self._leases, collect=self._gc.collect),
             "namespaces": NamespacesService(self._namespaces),
             "registry": RegistryService(shims),
+            "sandbox-controllers": SandboxControllerService(
+                SandboxController(
+                    shims,
+                    find_launcher=tasks.launcher,
+                    has_sandboxes=has_sandboxes,
+                    db=self._db,
+                    events=self._journal,
+                ),
+                self._draining,
+            ),
+            "sandboxes": SandboxStoreService(LocalSandboxStore(self._db)),
             "snapshots": SnapshotsService(self._snapshotters),
             "streaming": StreamingService(streams),
             "streams": StreamsService(tasks, self._draining),

@@ -44,6 +44,8 @@ _SERVED = {
     "introspection": (),
     "leases": (LEASE, GC),
     "namespaces": (METADATA,),
+    "sandbox-controllers": (SANDBOX_CONTROLLER, EVENT),
+    "sandboxes": (SANDBOX_STORE,),
     "snapshots": (METADATA,),
     "streaming": (STREAMING,),
     "tasks": (RUNTIME,),
@@ -101,6 +103,8 @@ def list_plugins(
         Plugin(LEASE, "manager", requires=(METADATA,)),
         Plugin(DIFFER, "walking", requires=(METADATA,), platforms=(platform,)),
         Plugin(RUNTIME, "task", requires=(METADATA, EVENT), platforms=(platform,)),
+        Plugin(SANDBOX_STORE, "local", requires=(METADATA,)),
+        Plugin(SANDBOX_CONTROLLER, "shim", requires=(RUNTIME, EVENT), platforms=(platform,)),
         Plugin(STREAMING, "manager", requires=(METADATA,)),
         Plugin(TRANSFER, "local", requires=(LEASE, METADATA, DIFFER, STREAMING)),
     ]

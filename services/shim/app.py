@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from protos.containerd.runtime.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from protos.containerd.task.v2 import shim_pb2 as shim_v2_pb2
 from protos.containerd.task.v2 import shim_pb2_grpc as shim_v2_pb2_grpc
 from protos.containerd.task.v3 import shim_pb2, shim_pb2_grpc
@@ -42,8 +43,10 @@ from services.shim.reaper import Reaper
 from services.shim.reexec import Attempt, Reexecution, find_listener
 from services.shim.rpc.control import ControlService
 from services.shim.rpc.gate import Gate
+from services.shim.rpc.sandbox import SandboxService
 from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
+from services.shim.sandboxes import Sandboxes
 from services.shim.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -93,6 +96,7 @@ class Shim:
         self._background = Background()
         self._make_channel = SharedChannel(transport.make_channel)
         self._members = Members(config, self._make_member)
+        self._sandboxes = Sandboxes(self._members)
         self._tasks = Tasks(
             reaper=self._reaper,
             namespace=config.namespace,
@@ -192,6 +196,7 @@ class Shim:
     def _go_on(self) -> None:
         for member in self._members:
             member.keeping.open()
+        self._sandboxes.resume()
         self._reaper.start()
         self._tasks.go_on()
         self._gate.open()
@@ -225,6 +230,11 @@ class Shim:
                     shim_v2_pb2_grpc.add_TaskServicer_to_server,
                     task,
                     shim_v2_pb2.DESCRIPTOR.services_by_name["Task"],
+                ),
+                Service(
+                    sandbox_pb2_grpc.add_SandboxServicer_to_server,
+                    SandboxService(self._sandboxes),
+                    sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"],
                 ),
                 Service(
                     streams_pb2_grpc.add_StreamsServicer_to_server,
@@ -261,7 +271,10 @@ class Shim:
             self._tasks.emptied.clear()
             await self._members.delivered()
             await asyncio.sleep(self._config.linger_s)
-            wanted = any(len(member.spool) or member.fresh for member in self._members)
+            wanted = any(
+                len(member.spool) or member.fresh or self._sandboxes.keeps(member)
+                for member in self._members
+            )
             if not len(self._tasks) and not wanted:
                 return
 

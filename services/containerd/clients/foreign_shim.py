@@ -1,7 +1,8 @@
 """A shim that others wrote, over ttrpc or gRPC: implements ``services.containerd.tasks.shim.Shim``.
 
-It has the task API and nothing else: no streams by offset, no metrics of its own, and it is not
-re-executed. Its address says how it is reached: ``ttrpc+unix://PATH?version=2``.
+It has the task API, perhaps that of sandboxes, and nothing else: no streams by offset, no metrics
+of its own, and it is not re-executed. Its address says how it is reached:
+``ttrpc+unix://PATH?version=2``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from services.common.rpc_errors import translated
 from services.common.ttrpc.client import CallFailed, TtrpcClient
 from services.common.ttrpc.frames import MessageTooLarge
 from services.common.ttrpc.status import error_of
+from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.clients.shim import ShimClient
-from services.containerd.clients.task_api import TaskApiClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from services.containerd.clients.task_api import Answer
+    from services.containerd.tasks.sandbox import SandboxShim
     from services.containerd.tasks.shim import (
         Attachment,
         ProgramInfo,
@@ -41,7 +43,7 @@ _NAMESPACE_KEY = "containerd-namespace-ttrpc"
 _ADDRESS = re.compile(r"(ttrpc|grpc)\+unix://(/[^?]*)\?version=([23])")
 
 
-class ForeignShim(TaskApiClient):
+class ForeignShim(SandboxApiClient):
     """One shim, on one connection, which is made when it is first used, and anew when it broke.
 
     Args:
@@ -51,7 +53,6 @@ class ForeignShim(TaskApiClient):
     """
 
     def __init__(self, *, namespace: str, container_id: str, address: str) -> None:
-        super().__init__(container_id)
         match = _ADDRESS.fullmatch(address)
         if match is None:
             raise InvalidArgument(
@@ -59,7 +60,7 @@ class ForeignShim(TaskApiClient):
                 "a Unix socket, in version 2 or 3, can be spoken to"
             )
         protocol, path, version = match.groups()
-        self._service = f"containerd.task.v{version}.Task"
+        super().__init__(container_id, version)
         self._namespace = namespace
         self._path = Path(path)
         self._channel = connect(self._path, namespace=namespace) if protocol == "grpc" else None
@@ -99,25 +100,26 @@ class ForeignShim(TaskApiClient):
         if self._connection is not None:
             await self._connection.close()
 
-    async def _ask(
+    async def _invoke(
         self, method: str, request: Message, answer: type[Answer], timeout_s: float
     ) -> Answer:
         if self._closed:
             raise self._unavailable("it was given up")
         if self._channel is not None:
             call: Any = self._channel.unary_unary(
-                f"/{self._service}/{method}",
+                f"/{method}",
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
             )
             with translated():
                 found: Answer = await call(request, timeout=timeout_s)
                 return found
+        service, _, name = method.partition("/")
         try:
             client = await self._connected()
             data = await client.call(
-                self._service,
-                method,
+                service,
+                name,
                 request.SerializeToString(),
                 timeout_s=timeout_s,
                 metadata={_NAMESPACE_KEY: self._namespace},
@@ -158,3 +160,8 @@ def connect_shim(*, namespace: str, container_id: str, address: str) -> Shim:
     """A client of a shim, ours or another, as its address says; see ``ShimConnector``."""
     kind = ShimClient if address.startswith("unix://") else ForeignShim
     return kind(namespace=namespace, container_id=container_id, address=address)
+
+
+def has_sandboxes(shim: Shim) -> SandboxShim | None:
+    """A shim by its sandbox API; None for one that is gone."""
+    return shim if isinstance(shim, SandboxApiClient) else None

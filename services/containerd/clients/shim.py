@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from protos.containerd.task.v3 import shim_pb2_grpc
 from protos.theseus.shim.v1 import control_pb2, control_pb2_grpc
 from services.common.client import connect
 from services.common.errors import TheseusError, Unavailable
 from services.common.rpc_errors import translated
-from services.containerd.clients.task_api import TaskApiClient
+from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import ProgramInfo, Reexecuted, ShimAddress
 
@@ -32,7 +31,7 @@ _QUICK_S = 30.0
 _SLOW_S = 600.0
 
 
-class ShimClient(TaskApiClient):
+class ShimClient(SandboxApiClient):
     """One shim's services on one channel, which connects when first used.
 
     Args:
@@ -44,7 +43,7 @@ class ShimClient(TaskApiClient):
     def __init__(self, *, namespace: str, container_id: str, address: str) -> None:
         super().__init__(container_id)
         self._channel = connect(address, namespace=namespace)
-        self._task: Any = shim_pb2_grpc.TaskStub(self._channel)
+        self._methods: dict[str, Any] = {}
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._closed = False
 
@@ -98,11 +97,18 @@ class ShimClient(TaskApiClient):
         self._closed = True
         await self._channel.close()
 
-    async def _ask(
+    async def _invoke(
         self, method: str, request: Message, answer: type[Answer], timeout_s: float
     ) -> Answer:
+        call = self._methods.get(method)
+        if call is None:
+            call = self._methods[method] = self._channel.unary_unary(
+                f"/{method}",
+                request_serializer=type(request).SerializeToString,
+                response_deserializer=answer.FromString,
+            )
         with self._call():
-            found: Answer = await getattr(self._task, method)(request, timeout=timeout_s)
+            found: Answer = await call(request, timeout=timeout_s)
             return found
 
     @contextmanager

@@ -44,20 +44,27 @@ class TaskApiClient(ABC):
 
     Args:
         container_id: whose task the shim runs.
+        version: of the task API.
     """
 
-    def __init__(self, container_id: str) -> None:
+    def __init__(self, container_id: str, version: str = "3") -> None:
         self._id = container_id
+        self._service = f"containerd.task.v{version}.Task"
 
     @abstractmethod
-    async def _ask(
+    async def _invoke(
         self, method: str, request: Message, answer: type[Answer], timeout_s: float
     ) -> Answer:
-        """Call a method of the task API.
+        """Call a method: full name of the service, slash, name.
 
         Raises:
             TheseusError: as the shim says; ``Unavailable`` when it cannot be reached.
         """
+
+    async def _ask(
+        self, method: str, request: Message, answer: type[Answer], timeout_s: float
+    ) -> Answer:
+        return await self._invoke(f"{self._service}/{method}", request, answer, timeout_s)
 
     async def create(self, request: CreateTask) -> int:
         """As ``Shim.create``."""

@@ -55,6 +55,7 @@ def contents(tx: sqlite3.Connection, name: str) -> list[str]:
             ("images", "images"),
             ("blobs", "content"),
             ("containers", "containers"),
+            ("sandboxes", "sandboxes"),
         )
         if tx.execute(f"SELECT 1 FROM {table} WHERE namespace = ? LIMIT 1", (name,)).fetchone()
     ]

@@ -10,6 +10,7 @@ rule: a file exists before its row and outlives it; a file without a row is rubb
                 ├─ snapshots ─▶ parent         (<root>/snapshots/<snapshotter>/<id>/)
                 ├─ snapshot_leftovers          of snapshots that another service keeps
                 ├─ containers
+                ├─ sandboxes
                 └─ leases ──▶ lease_resources
     journal: every event, in order            meta: epoch and the like
 """
@@ -174,4 +175,27 @@ CREATE TRIGGER snapshots_leftover AFTER DELETE ON snapshots WHEN old.backend <> 
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (_V1 + _NAMESPACE_TRIGGERS, _V2)
+_V3 = """
+-- sandboxes as clients record them; which there really are, shims know
+CREATE TABLE sandboxes (
+    namespace TEXT NOT NULL,
+    id TEXT NOT NULL,
+    labels TEXT NOT NULL,                 -- JSON object
+    runtime_name TEXT NOT NULL,
+    runtime_options_type TEXT NOT NULL,   -- type URL; empty: there are none
+    runtime_options BLOB NOT NULL,
+    spec_type TEXT NOT NULL,
+    spec BLOB NOT NULL,
+    extensions TEXT NOT NULL,             -- JSON object: name to [type URL, base64]
+    sandboxer TEXT NOT NULL,              -- name of the controller
+    created_at_ns INTEGER NOT NULL,
+    updated_at_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER sandboxes_namespace AFTER INSERT ON sandboxes BEGIN
+    INSERT OR IGNORE INTO namespaces (name) VALUES (new.namespace);
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_V1 + _NAMESPACE_TRIGGERS, _V2, _V3)

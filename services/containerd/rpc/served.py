@@ -12,6 +12,7 @@ from protos.containerd.services.images.v1 import images_pb2, images_pb2_grpc
 from protos.containerd.services.introspection.v1 import introspection_pb2, introspection_pb2_grpc
 from protos.containerd.services.leases.v1 import leases_pb2, leases_pb2_grpc
 from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
+from protos.containerd.services.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from protos.containerd.services.snapshots.v1 import snapshots_pb2, snapshots_pb2_grpc
 from protos.containerd.services.streaming.v1 import streaming_pb2, streaming_pb2_grpc
 from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
@@ -45,6 +46,8 @@ _CONTRACTS: dict[str, tuple[Any, Callable[[Any, Any], None]]] = {
     "leases": (leases_pb2, leases_pb2_grpc.add_LeasesServicer_to_server),
     "namespaces": (namespace_pb2, namespace_pb2_grpc.add_NamespacesServicer_to_server),
     "registry": (registry_pb2, registry_pb2_grpc.add_RegistryServicer_to_server),
+    "sandbox-controllers": (sandbox_pb2, sandbox_pb2_grpc.add_ControllerServicer_to_server),
+    "sandboxes": (sandbox_pb2, sandbox_pb2_grpc.add_StoreServicer_to_server),
     "snapshots": (snapshots_pb2, snapshots_pb2_grpc.add_SnapshotsServicer_to_server),
     "streaming": (streaming_pb2, streaming_pb2_grpc.add_StreamingServicer_to_server),
     "streams": (streams_pb2, add_streams_to_server),
@@ -53,6 +56,9 @@ _CONTRACTS: dict[str, tuple[Any, Callable[[Any, Any], None]]] = {
     "upgrades": (upgrades_pb2, upgrades_pb2_grpc.add_UpgradesServicer_to_server),
     "version": (version_pb2, version_pb2_grpc.add_VersionServicer_to_server),
 }
+
+_NAMES = {"sandbox-controllers": "Controller", "sandboxes": "Store"}
+"""Which service of its file a contract is, where there are several."""
 
 
 def services(servicers: Iterable[tuple[str, object]]) -> list[Service]:
@@ -64,6 +70,7 @@ def services(servicers: Iterable[tuple[str, object]]) -> list[Service]:
     found = []
     for name, servicer in servicers:
         module, add = _CONTRACTS[name]
-        [descriptor] = module.DESCRIPTOR.services_by_name.values()
+        by_name = module.DESCRIPTOR.services_by_name
+        descriptor = by_name[_NAMES[name]] if name in _NAMES else next(iter(by_name.values()))
         found.append(Service(add, servicer, descriptor))
     return found

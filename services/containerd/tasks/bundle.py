@@ -56,6 +56,8 @@ class ShimRecord:
 
     ``socket`` is that of the process that serves it, which may serve others of its ``group`` too.
 
+    ``sandbox`` is the id of the sandbox that the container belongs to: its own for a sandbox.
+
     A shim that others wrote has a ``binary``, and ``address`` and ``init``, the pid and start time
     of the container's first process, once they are known.
     """
@@ -68,6 +70,7 @@ class ShimRecord:
     pid: int = 0
     start_time: int = 0
     group: str = ""
+    sandbox: str = ""
     binary: str = ""
     address: str = ""
     init: tuple[int, int] = (0, 0)
@@ -99,6 +102,7 @@ class Bundle:
                 pid=int(data.get("pid") or 0),
                 start_time=int(data.get("start_time") or 0),
                 group=str(data.get("group") or ""),
+                sandbox=str(data.get("sandbox") or ""),
                 binary=str(data.get("binary") or ""),
                 address=str(data.get("address") or ""),
                 init=(int(init[0]), int(init[1])),
@@ -215,7 +219,9 @@ class Bundles:
             )
         return path
 
-    def create(self, namespace: str, id: str, spec: bytes, binary: str = "") -> ShimRecord:
+    def create(
+        self, namespace: str, id: str, spec: bytes, binary: str = "", sandbox: str = ""
+    ) -> ShimRecord:
         """Make the bundle of a new task, complete. Blocks.
 
         Args:
@@ -223,6 +229,7 @@ class Bundles:
             id: the container's.
             spec: config.json, as the container record has it.
             binary: the program of a shim that others wrote; empty: the shim is ours.
+            sandbox: the sandbox that it belongs to, or is; empty: none.
 
         Raises:
             InvalidArgument: a name, the socket's path or the spec is of no use.
@@ -238,7 +245,8 @@ class Bundles:
             id=id,
             socket=str(self.socket(namespace, id, instance_id)),
             boot_id=linux.boot_id(),
-            group="" if binary else group_of(config),
+            group="" if binary else sandbox or group_of(config),
+            sandbox=sandbox,
             binary=binary,
         )
         draft = bundle.path.with_name(f".{id}.{secrets.token_hex(4)}")

@@ -157,7 +157,7 @@ class Keeper:
         except TheseusError as error:
             log.warning("shim answers with an error", container=known.id, error=error.message)
             return False
-        if known.inherited and not info.task_pid:
+        if known.inherited and not info.task_pid and not known.is_sandbox:
             log.warning("shim without a task is removed", namespace=known.namespace, id=known.id)
             await self._remove(known)
             return True
@@ -168,7 +168,7 @@ class Keeper:
                     known, ProcessId(info.shim_pid, start_time or 0), known.address, info.version
                 )
             known.inherited = False
-            if known.binary:
+            if known.binary and not known.is_sandbox:
                 await self._catch_up(known)
             known.turn(Standing.REACHABLE)
             await self._announce(known, "adopted")
@@ -204,7 +204,7 @@ class Keeper:
 
     async def _find_successor(self, known: KnownShim) -> str | None:
         """Have a new shim adopt the container; returns why there is none, None when there is."""
-        if self._replace is None or known.binary:
+        if self._replace is None or known.binary or known.is_sandbox:
             return ""
         now = time.monotonic()
         known.replaced_at = [at for at in known.replaced_at if now - at < _REPLACING_S]

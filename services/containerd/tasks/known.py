@@ -62,6 +62,8 @@ class KnownShim:
         bundle: its place.
         instance_id: of the bundle.
         binary: the program of a shim that others wrote; empty: it is ours.
+        is_sandbox: it holds a sandbox, and no task of its id.
+        end_told: the sandbox' end is in the journal.
         inherited: it was there when this containerd started.
         group: whose shims share a process; empty: none.
         process: the shim itself, once known; it may be that of others too.
@@ -80,6 +82,8 @@ class KnownShim:
         self.bundle = bundle
         self.instance_id = instance_id
         self.binary = ""
+        self.is_sandbox = False
+        self.end_told = False
         self.inherited = standing is not Standing.STARTING
         self.group = ""
         self.process: ProcessId | None = None

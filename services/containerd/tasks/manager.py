@@ -115,12 +115,14 @@ class TaskManager:
             AlreadyExists: it has a task.
         """
         container = await self._containers.get(namespace, container_id)
-        launcher, binary = self._launcher(request.runtime or container.runtime_name)
+        launcher, binary = self.launcher(request.runtime or container.runtime_name)
         if container.spec is None:
             raise InvalidArgument(f"container '{container_id}' has no spec", field="spec")
         async with AsyncExitStack() as undo:
             spec = container.spec.value
-            known = await self._shims.begin(namespace, container_id, spec, binary)
+            known = await self._shims.begin(
+                namespace, container_id, spec, binary, sandbox=container.sandbox
+            )
             undo.push_async_callback(self._undo_create, known)
             new = _create_request(known, container, request)
             await self._launch(launcher, known, new.options)
@@ -384,7 +386,7 @@ class TaskManager:
             log.warning("figures of a task are not known now", container=known.id, error=str(error))
             return None
 
-    def _launcher(self, runtime: str) -> tuple[ShimLauncher, str]:
+    def launcher(self, runtime: str) -> tuple[ShimLauncher, str]:
         """Who starts shims for a runtime, and the program of those that others wrote."""
         if not runtime:
             raise InvalidArgument("the container names no runtime", field="runtime")

@@ -172,7 +172,13 @@ class ShimManager:
         ]
 
     async def begin(
-        self, namespace: str, container_id: str, spec: bytes, binary: str = ""
+        self,
+        namespace: str,
+        container_id: str,
+        spec: bytes,
+        binary: str = "",
+        *,
+        sandbox: str = "",
     ) -> KnownShim:
         """Make the bundle of a new task; its shim is STARTING until ``began`` or ``remove``.
 
@@ -181,6 +187,7 @@ class ShimManager:
             container_id: the container's.
             spec: for config.json.
             binary: the program of a shim that others wrote; empty: it is one of ours.
+            sandbox: the sandbox that the container belongs to, or its own id: it is one.
 
         Raises:
             AlreadyExists: the container has a task, or one is being made or deleted.
@@ -198,7 +205,9 @@ class ShimManager:
         known = self._shims[key] = KnownShim(bundle, "", Standing.STARTING)
         try:
             record = await uninterrupted(
-                asyncio.to_thread(self._bundles.create, namespace, container_id, spec, binary)
+                asyncio.to_thread(
+                    self._bundles.create, namespace, container_id, spec, binary, sandbox
+                )
             )
         except asyncio.CancelledError:  # it may be there by now
             await uninterrupted(asyncio.to_thread(bundle.remove))
@@ -210,6 +219,7 @@ class ShimManager:
         known.instance_id = record.instance_id
         known.group = record.group
         known.binary = binary
+        known.is_sandbox = sandbox == container_id
         return known
 
     async def start(
@@ -367,6 +377,7 @@ class ShimManager:
         known = KnownShim(bundle, instance_id, Standing.EXPECTED)
         known.group = found.record.group if found.record is not None else ""
         known.binary = found.record.binary if found.record is not None else ""
+        known.is_sandbox = found.record is not None and found.record.sandbox == bundle.id
         self._shims[bundle.namespace, bundle.id] = known
         name = f"shim {bundle.id}"
         if found.record is None or found.deletion is not None:
@@ -409,7 +420,7 @@ class ShimManager:
                 known.exits[process.exec_id] = process.exit
         if known.standing in (Standing.STARTING, Standing.REPLACING, Standing.REMOVING):
             return
-        if known.inherited and not hello.processes:
+        if known.inherited and not hello.processes and not known.is_sandbox:
             # containerd ended while it made this task: nobody was ever told of it.
             log.warning("shim without a task is removed", namespace=known.namespace, id=known.id)
             self._metrics.settled.labels("removed").inc()

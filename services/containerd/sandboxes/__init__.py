@@ -1,0 +1,1 @@
+"""Sandboxes: their records, and the controller that has shims hold them."""
