@@ -205,6 +205,25 @@ async def test_containers_come_and_go_in_a_sandbox_over_restarts(node):
         ended(shim)
 
 
+async def test_a_removal_that_goes_on_after_a_restart_leaves_the_others(node):
+    await node.create()
+    shim = (await node.ask("Start")).pid
+    one, two = await node.container("one"), await node.container("two")
+    await node.kill()
+    bundles = node.directory / "s" / "tasks" / NAMESPACE
+    (bundles / "one" / "deleting").write_text("{}")
+    await node.start()
+    async with node.stubs():
+        ended(one)
+        until(lambda: not (bundles / "one").exists())
+        assert (await node.ask("Status")).pid == shim == parent_of(two)
+        delete = containers_pb2.DeleteContainerRequest(id="one")
+        await node.containers.Delete(delete, **CALL)
+        await node.remove_container("two")
+        await node.ask("Shutdown")
+        ended(shim)
+
+
 async def test_with_its_shim_a_sandbox_has_exited(node):
     await node.create()
     os.kill((await node.ask("Start")).pid, signal.SIGKILL)

@@ -383,6 +383,7 @@ class ShimManager:
         if found.record is None or found.deletion is not None:
             log.info("removal of a task goes on", namespace=bundle.namespace, container=bundle.id)
             known.dismissed = found.deletion or {}
+            self._recognise(known, found.record)
             self._background.start(self.remove(known), name=name)
         elif found.epitaph is not None:
             known.shim = GoneShim(found.epitaph)
@@ -391,6 +392,13 @@ class ShimManager:
             self._background.start(self._keeper.settle_void(known), name=name)
         else:
             self._expect_inherited(known, found.record)
+
+    def _recognise(self, known: KnownShim, record: ShimRecord | None) -> None:
+        """Learn who the shim of a deleted task is: others that it serves must not go with it."""
+        if record is None or not record.pid or record.boot_id != self._boot_id:
+            return
+        known.process = ProcessId(record.pid, record.start_time)
+        self._keeper.find_way(known, record.address or f"unix://{record.socket}")
 
     def _expect_inherited(self, known: KnownShim, record: ShimRecord) -> None:
         address = f"unix://{record.socket}"
