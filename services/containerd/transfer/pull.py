@@ -97,6 +97,7 @@ class Puller:
 
         tree = ImageTree(self._content, namespace, destination, tracker, obtain)
         selected = await tree.select(target)
+        plan = self._unpacking.plan(destination, selected)
         async with first_error(), asyncio.TaskGroup() as group:
             fetching: dict[str, asyncio.Task[None]] = {}
             for image in selected:
@@ -116,7 +117,7 @@ class Puller:
             async def arrived(descriptor: Descriptor) -> None:
                 await asyncio.shield(fetching[descriptor.digest])
 
-            for image, snapshotter in self._unpacking.plan(destination, selected):
+            for image, snapshotter in plan:
                 group.create_task(
                     self._unpacking.unpack(
                         namespace, image, snapshotter, tracker=tracker, arrived=arrived

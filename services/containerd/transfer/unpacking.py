@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from services.common.errors import InvalidArgument
 from services.containerd.content.labels import GC_REF_SNAPSHOT
 from services.containerd.images.platform import format_platform, ordered, runnable_on
 from services.containerd.transfer.labelling import add_labels
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from services.containerd.transfer.destination import Destination
     from services.containerd.transfer.progress import ProgressTracker
     from services.containerd.transfer.selection import SelectedImage
+
+_LAYERS_MAX = 500
+"""What overlayfs stacks (OVL_MAX_STACK, fs/overlayfs/params.h)."""
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +47,11 @@ class ImageUnpacking:
     def plan(
         self, destination: Destination, images: Sequence[SelectedImage]
     ) -> list[tuple[SelectedImage, str]]:
-        """Which image goes into which snapshotter."""
+        """Which image goes into which snapshotter.
+
+        Raises:
+            InvalidArgument: one has more layers than can be stacked.
+        """
         planned = []
         for unpacking in destination.unpackings:
             matcher = self._host if unpacking.platform is None else ordered([unpacking.platform])
@@ -61,6 +69,11 @@ class ImageUnpacking:
                 )
                 continue
             best = min(matching, key=lambda entry: entry[:2])[2]
+            if len(best.layers) > _LAYERS_MAX:
+                raise InvalidArgument(
+                    f"the image has {len(best.layers)} layers, and no more than {_LAYERS_MAX} can "
+                    "be unpacked: have it built with fewer"
+                )
             planned.append((best, self._unpacker.check(unpacking.snapshotter)))
         return planned
 

@@ -538,6 +538,43 @@ async def test_indexes_that_are_nested_too_deep_are_refused(
         await pull(node, name)
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (501, "501 layers, and no more than 500"),
+        (10_000, "10000 layers"),
+        (10_001, "10001 entries"),
+    ],
+)
+async def test_an_image_of_too_many_layers_is_refused_before_any_is_fetched(
+    count: int, words: str, registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    image = build_image(blobs, [{"a": b"1"}])
+    config = blobs.add_json(
+        {
+            "os": "linux",
+            "architecture": "amd64",
+            "rootfs": {"type": "layers", "diff_ids": list(image.diff_ids) * count},
+        },
+        media_types.OCI_CONFIG,
+    )
+    manifest = blobs.add_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": media_types.OCI_MANIFEST,
+            "config": described(config),
+            "layers": [described(image.layers[0])] * count,
+        },
+        media_types.OCI_MANIFEST,
+    )
+    name = registry.serve("lib/x", "1", manifest, blobs)
+    with pytest.raises(InvalidArgument, match=words):
+        await pull(node, name, Destination(name=name, unpackings=(Unpacking(),)))
+    assert not registry.requests("GET", image.layers[0].digest)
+    assert await node.meta.leases.find("a") == []
+
+
 async def test_layers_and_diff_ids_have_to_be_as_many(
     registry: FakeRegistry, node: TransferNode
 ) -> None:
