@@ -20,7 +20,7 @@ import contextlib
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,10 @@ from services.common.errors import (
     InvalidArgument,
     NotFound,
     TheseusError,
+    Unimplemented,
 )
 from services.shim import bundle as bundles
-from services.shim import cgroups, events, launch
+from services.shim import cgroups, checkpoint, events, launch
 from services.shim.events import Event
 from services.shim.handover import Skeleton, renamed
 from services.shim.keeping import Keeping
@@ -44,15 +45,17 @@ from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from pathlib import Path
 
     from services.common.background import Background
     from services.common.mounts import Mount
     from services.shim.bundle import Bundle
+    from services.shim.checkpoint import CheckpointImage
     from services.shim.events import EventSink
     from services.shim.handover import Outgoing
     from services.shim.measures import Measures
-    from services.shim.reaper import Exit, Reaper, Window
-    from services.shim.runtimes.runtime import Runtime, RuntimeOptions
+    from services.shim.reaper import Exit, Reaper
+    from services.shim.runtimes.runtime import CheckpointRequest, Runtime, RuntimeOptions
     from services.shim.stdio.uris import Stdio
 
 log = structlog.get_logger(__name__)
@@ -88,6 +91,7 @@ class Container:
         rootfs: Sequence[Mount],
         surroundings: Surroundings,
         changed: Callable[[], None],
+        image: CheckpointImage | None = None,
     ) -> None:
         self.id = container_id
         self.bundle = bundle
@@ -99,6 +103,7 @@ class Container:
         self._rootfs = tuple(rootfs)
         self._around = surroundings
         self._changed = changed
+        self._image = image  # what start restores it from, until then
         self._specs: dict[str, dict[str, Any]] = {}
         self._own_pid_namespace = False
         self._init_is_gone = False
@@ -135,12 +140,16 @@ class Container:
     async def create(self) -> None:
         """Mount, open the streams, run ``create``; on a failure all is undone.
 
+        Of a container that is restored there is no process before ``start``.
+
         Raises:
             FailedPrecondition: bundle, mounts, streams or runtime are not as they should be.
             InvalidArgument: a stream's URI, or the command (see the runtime).
         """
         around = self._around
         began = time.monotonic()
+        if self._image is not None:
+            self._need_checkpoints()
         self._own_pid_namespace = bundles.has_own_pid_namespace(self.bundle.read_spec())
         async with AsyncExitStack() as undo:
             if self._rootfs:
@@ -149,10 +158,16 @@ class Container:
             self.init.io = await self._open_io(self.init.stdio)
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
-            with around.reaper.window() as window:
-                undo.push_async_callback(_tolerated, self._force_delete)
-                pid, master = await launch.create_init(self.runtime, self.bundle, self.init.io)
-                self._take_init(pid, master, window)
+            if self._image is not None:
+                self._image = await asyncio.to_thread(checkpoint.keep, self._image, self.bundle)
+                self._emit(events.TASK_CREATE, self._create_fields(0))
+            else:
+                with around.reaper.window() as window:
+                    undo.push_async_callback(_tolerated, self._force_delete)
+                    pid, master = await launch.create_init(self.runtime, self.bundle, self.init.io)
+                    self._take_init(pid, master)
+                    self._emit(events.TASK_CREATE, self._create_fields(pid))
+                    around.reaper.watch(pid, self._watcher(self.init), window)
             undo.pop_all()
         around.metrics.create_seconds.observe(time.monotonic() - began)
 
@@ -166,8 +181,11 @@ class Container:
             process.check(Action.START)
             began = time.monotonic()
             if process is self.init:
-                await self.runtime.start()
-                self._started(process, events.TASK_START, {"container_id": self.id})
+                if self._image is not None:
+                    await self._restore(self._image)
+                else:
+                    await self.runtime.start()
+                    self._started(process, events.TASK_START, {"container_id": self.id})
                 self._around.metrics.start_seconds.observe(time.monotonic() - began)
             else:
                 try:
@@ -237,6 +255,23 @@ class Container:
             self._changed()
             self._emit(events.TASK_RESUMED, {"container_id": self.id})
 
+    async def checkpoint(self, request: CheckpointRequest, work: Path | None) -> None:
+        """Save the container's state; criu works in ``work``, or inside the bundle.
+
+        Raises:
+            FailedPrecondition: it does not run, or runtime, criu or kernel cannot; it goes on.
+            Unimplemented: the runtime has no checkpoints.
+        """
+        async with self.init.lock:
+            self.init.check(Action.CHECKPOINT)
+            self._need_checkpoints()
+            with checkpoint.work_directory(self.bundle, work) as directory:
+                await self.runtime.checkpoint(replace(request, work=directory))
+            self._emit(
+                events.TASK_CHECKPOINTED,
+                {"container_id": self.id, "checkpoint": str(request.image)},
+            )
+
     async def update(self, resources: Mapping[str, Any]) -> None:
         """Change the limits to ``resources``, the OCI spec's object."""
         async with self.init.lock:
@@ -267,10 +302,11 @@ class Container:
         """
         async with process.lock:
             process.check(Action.DELETE)
-            if process is self.init and process.status is Status.CREATED:
+            waits = process is self.init and process.status is Status.CREATED and process.pid
+            if waits:
                 with contextlib.suppress(NotFound):
                     process.send_signal(signal.SIGKILL)
-        if process is self.init and process.status is Status.CREATED:
+        if waits:
             async with asyncio.timeout(_EXIT_LIMIT_S):
                 await process.wait()
         async with process.lock:
@@ -315,6 +351,7 @@ class Container:
             "own_pid_namespace": self._own_pid_namespace,
             "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
             "oom_kills": self._oom_kills,
+            "image": self._image.state() if self._image is not None else None,
             "processes": [p.state() for p in (self.init, *self.execs.values())],
             "specs": {
                 exec_id: spec
@@ -351,6 +388,8 @@ class Container:
         """Become what ``saved`` describes, its output paused; ``pack`` or ``state`` made it."""
         self._own_pid_namespace = saved["own_pid_namespace"]
         self._oom_kills = saved["oom_kills"]
+        if saved.get("image") is not None:  # an earlier version has none
+            self._image = checkpoint.CheckpointImage.unpack(saved["image"])
         if saved["cgroup"] is not None:
             self.cgroup = cgroups.Cgroup.unpack(saved["cgroup"])
         self._specs = dict(saved["specs"])
@@ -386,7 +425,31 @@ class Container:
         packed = {"pidfd": out.fd(process.pidfd), "io": process.io.pack(out)}
         process.kept = renamed(packed, self._around.keeping.hold(out.fds))
 
-    def _take_init(self, pid: int, master: int, window: Window) -> None:
+    def _need_checkpoints(self) -> None:
+        """Raise if the runtime is a plug-in that knows nothing of them."""
+        if not hasattr(self.runtime, "checkpoint") or not hasattr(self.runtime, "restore"):
+            raise Unimplemented(f"runtime '{self.runtime.name}' has no checkpoints")
+
+    async def _restore(self, image: CheckpointImage) -> None:
+        if self.init.io is None:
+            raise FailedPrecondition(
+                f"container '{self.id}' lost its streams with its shim before it was restored: "
+                "delete it, and create it again"
+            )
+        with self._around.reaper.window() as window:
+            try:
+                pid, master = await launch.restore_init(
+                    self.runtime, self.bundle, self.init.io, image
+                )
+            except BaseException:
+                await _tolerated(self._force_delete)
+                raise
+            self._image = None
+            self._take_init(pid, master)
+            self._started(self.init, events.TASK_START, {"container_id": self.id})
+            self._around.reaper.watch(pid, self._watcher(self.init), window)
+
+    def _take_init(self, pid: int, master: int) -> None:
         assert self.init.io is not None
         self.init.created(pid)
         with contextlib.suppress(OSError):
@@ -394,8 +457,6 @@ class Container:
         self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
         self._hold(self.init)
-        self._emit(events.TASK_CREATE, self._create_fields(pid))
-        self._around.reaper.watch(pid, self._watcher(self.init), window)
 
     def _create_fields(self, pid: int) -> dict[str, object]:
         stdio = self.init.stdio

@@ -24,6 +24,7 @@ TASK_EXEC_ADDED = "/tasks/exec-added"
 TASK_EXEC_STARTED = "/tasks/exec-started"
 TASK_PAUSED = "/tasks/paused"
 TASK_RESUMED = "/tasks/resumed"
+TASK_CHECKPOINTED = "/tasks/checkpointed"
 
 
 @dataclass(frozen=True, slots=True)

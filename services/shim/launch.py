@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from services.shim.checkpoint import work_directory
 from services.shim.stdio.console import ConsoleSocket
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from services.shim.bundle import Bundle
+    from services.shim.checkpoint import CheckpointImage
     from services.shim.runtimes.runtime import Runtime
     from services.shim.stdio.process_io import ProcessIo
 
@@ -31,6 +33,34 @@ async def create_init(runtime: Runtime, bundle: Bundle, streams: ProcessIo) -> t
             bundle=bundle.path, pid_file=pid_file, stdio=None, console=console.address
         )
         return pid, await console.receive()
+
+
+async def restore_init(
+    runtime: Runtime, bundle: Bundle, streams: ProcessIo, image: CheckpointImage
+) -> tuple[int, int]:
+    """Make the container out of its saved state; returns as :func:`create_init`."""
+    pid_file = bundle.path / "init.pid"
+    with work_directory(bundle, image.work) as work:
+        if not streams.stdio.terminal:
+            pid = await runtime.restore(
+                bundle=bundle.path,
+                pid_file=pid_file,
+                stdio=streams.runtime_stdio,
+                console="",
+                image=image.path,
+                work=work,
+            )
+            return pid, NO_TERMINAL
+        with ConsoleSocket(bundle.path, "console") as console:
+            pid = await runtime.restore(
+                bundle=bundle.path,
+                pid_file=pid_file,
+                stdio=None,
+                console=console.address,
+                image=image.path,
+                work=work,
+            )
+            return pid, await console.receive()
 
 
 async def run_exec(

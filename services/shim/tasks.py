@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import AlreadyExists, InvalidArgument, NotFound
 from services.common.mounts import Mount
 from services.shim.bundle import Bundle
 from services.shim.container import Container
@@ -28,10 +28,12 @@ from services.shim.stdio.uris import Stdio
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from services.shim.checkpoint import CheckpointImage
     from services.shim.handover import Outgoing
     from services.shim.home import Home
     from services.shim.process import Process
     from services.shim.reaper import Reaper
+    from services.shim.runtimes.runtime import CheckpointRequest
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +52,7 @@ class CreateRequest:
         rootfs: mounts of its root file system; empty: it is in the bundle already.
         stdio: streams of init.
         options: runtime options; empty fields mean the shim's defaults.
-        checkpoint: directory to restore from, or empty.
+        image: what it is restored from at its start; None: it begins anew.
     """
 
     id: str
@@ -58,7 +60,7 @@ class CreateRequest:
     rootfs: tuple[Mount, ...]
     stdio: Stdio
     options: RuntimeOptions
-    checkpoint: str = ""
+    image: CheckpointImage | None = None
 
 
 class Tasks:
@@ -129,10 +131,6 @@ class Tasks:
             AlreadyExists: the id is taken.
             FailedPrecondition: see :meth:`Container.create`.
         """
-        if request.checkpoint:
-            raise FailedPrecondition(
-                "a container cannot be restored from a checkpoint by this version of the shim"
-            )
         if not request.id or not request.bundle.is_absolute():
             raise InvalidArgument("a container needs an id and an absolute bundle directory")
         if request.id in self._containers or request.id in self._creating:
@@ -148,6 +146,12 @@ class Tasks:
     async def pause(self, container: Container) -> None:
         """See :meth:`Container.pause`."""
         await self.to_the_end(container.pause())
+
+    async def checkpoint(
+        self, container: Container, request: CheckpointRequest, work: Path | None
+    ) -> None:
+        """See :meth:`Container.checkpoint`."""
+        await self.to_the_end(container.checkpoint(request, work))
 
     async def resume(self, container: Container) -> None:
         """See :meth:`Container.resume`."""
@@ -276,6 +280,7 @@ class Tasks:
             options,
             stdio=request.stdio,
             rootfs=request.rootfs,
+            image=request.image,
         )
         made = self._creating[request.id] = asyncio.Event()
         try:
@@ -298,6 +303,7 @@ class Tasks:
         *,
         stdio: Stdio,
         rootfs: Sequence[Mount],
+        image: CheckpointImage | None = None,
     ) -> Container:
         home = self._homes[container_id] = self._find_home(container_id)
         return Container(
@@ -315,6 +321,7 @@ class Tasks:
             rootfs=rootfs,
             surroundings=home.around,
             changed=partial(self.save, home),
+            image=image,
         )
 
     async def _delete(self, container: Container, process: Process) -> None:

@@ -72,6 +72,9 @@ async def test_example_of_the_document_runs_containers(maker):
         with pytest.raises(errors.Unimplemented, match="knows no limits"):
             resources = {"value": b"{}"}
             await shim.call("Update", shim_pb2.UpdateTaskRequest(id=shim.id, resources=resources))
+        with pytest.raises(errors.Unimplemented, match="'bare' has no checkpoints"):
+            request = shim_pb2.CheckpointTaskRequest(id=shim.id, path="/nowhere")
+            await shim.call("Checkpoint", request)
         await attached.write(0, b"\n")
         assert (await shim.wait()).exit_status == 4
     assert (await shim.info()).runtime == "bare: bare 1.0"

@@ -114,7 +114,6 @@ async def test_second_name_of_the_api_serves_the_same(maker, fake):
         ("delete", errors.FailedPrecondition),
         ("create", errors.AlreadyExists),
         ("Resume", errors.FailedPrecondition),
-        ("Checkpoint", errors.FailedPrecondition),
         ("ResizePty", errors.FailedPrecondition),
     ],
 )
@@ -122,7 +121,6 @@ async def test_what_a_running_container_refuses(maker, fake, name, kind):
     shim = await running(maker, fake)
     requests = {
         "Resume": shim_pb2.ResumeRequest(id=shim.id),
-        "Checkpoint": shim_pb2.CheckpointTaskRequest(id=shim.id),
         "ResizePty": shim_pb2.ResizePtyRequest(id=shim.id, width=1, height=1),
     }
     with pytest.raises(kind) as caught:

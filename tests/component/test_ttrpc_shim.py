@@ -204,9 +204,9 @@ async def test_errors_have_the_codes_of_grpc(containerd, runtime, start):
         await shim.create(runtime.path)
     assert caught.value.code == 6
     await shim.call("Start")
-    with pytest.raises(CallFailed, match="cannot be checkpointed") as caught:
+    with pytest.raises(CallFailed, match="a checkpoint needs a directory") as caught:
         await shim.call("Checkpoint")
-    assert caught.value.code == 9
+    assert caught.value.code == status.INVALID_ARGUMENT
     with pytest.raises(CallFailed, match="running") as caught:
         await shim.call("Delete")
     assert caught.value.code == 9

@@ -32,6 +32,7 @@ MESSAGES = {
         "TaskExecStarted",
         "TaskPaused",
         "TaskResumed",
+        "TaskCheckpointed",
     )
 } | {"theseus.shim.v1.ProcessState": registry_pb2.ProcessState}
 

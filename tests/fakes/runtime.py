@@ -48,6 +48,10 @@ class FakeRuntime:
         """Leave ``data`` as the compiled seccomp filter of the containers to come, as crun does."""
         (self.directory / "seccomp.bpf").write_bytes(data)
 
+    def fail_criu(self, log):
+        """Have checkpoint and restore fail, and leave ``log`` as criu's."""
+        (self.directory / "criu-fails").write_text(log)
+
     def calls(self):
         """Command lines so far, without global flags."""
         path = self.directory / "calls"
@@ -108,7 +112,19 @@ def parse_global(arguments):
 
 def parse_options(rest):
     options, names = {}, []
-    switches = {"--detach", "--force", "--all", "--no-pivot", "--no-new-keyring"}
+    switches = {
+        "--all",
+        "--detach",
+        "--ext-unix-sk",
+        "--file-locks",
+        "--force",
+        "--leave-running",
+        "--no-new-keyring",
+        "--no-pivot",
+        "--no-subreaper",
+        "--shell-job",
+        "--tcp-established",
+    }
     while rest:
         if rest[0] in switches:
             options[rest[0]] = "1"
@@ -287,7 +303,35 @@ def delete(state, options, names, lie):
     state.rmdir()
 
 
+def checkpoint(state, options, names, lie):
+    known = load(state)
+    image = Path(options["--image-path"])
+    image.mkdir(parents=True, exist_ok=True)
+    failure = directory_of_fake() / "criu-fails"
+    if failure.exists():
+        (Path(options["--work-path"]) / "dump.log").write_text(failure.read_text())
+        raise Failure("criu failed: type DUMP errno 0\nlog file: dump.log")
+    (image / "image.json").write_text(json.dumps({"options": sorted(options)}))
+    if "--leave-running" not in options:
+        os.kill(known["pid"], signal.SIGKILL)
+
+
+def restore(state, options, names, lie):
+    failure = directory_of_fake() / "criu-fails"
+    if failure.exists():
+        (Path(options["--work-path"]) / "restore.log").write_text(failure.read_text())
+        raise Failure("criu failed: type RESTORE errno 0\nlog file: restore.log")
+    json.loads((Path(options["--image-path"]) / "image.json").read_text())
+    spec = json.loads((Path(options["--bundle"]) / "config.json").read_text())
+    state.mkdir(parents=True)
+    pid = spawn(spec["process"], options)
+    (state / "state.json").write_text(json.dumps({"pid": pid, "status": "running"}))
+    write_pid(options["--pid-file"], pid, lie)
+
+
 COMMANDS = {
+    "checkpoint": checkpoint,
+    "restore": restore,
     "create": create,
     "start": start,
     "exec": execute,

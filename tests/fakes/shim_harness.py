@@ -138,13 +138,20 @@ class RunningShim:
             id=self.id, bundle=str(self.bundle), rootfs=rootfs, options=packed, **streams
         )
         created = await self.call("Create", request)
-        with suppress(ProcessLookupError):
-            self._inits.append(os.pidfd_open(created.pid))
+        self._note_init(created.pid)
         return created
 
     async def start(self, exec_id=""):
         """Start a process."""
-        return await self.call("Start", shim_pb2.StartRequest(id=self.id, exec_id=exec_id))
+        started = await self.call("Start", shim_pb2.StartRequest(id=self.id, exec_id=exec_id))
+        if not exec_id and not self._inits:  # it was restored
+            self._note_init(started.pid)
+        return started
+
+    def _note_init(self, pid):
+        with suppress(ProcessLookupError):
+            if pid:
+                self._inits.append(os.pidfd_open(pid))
 
     def exec_request(self, exec_id, arguments, *, cwd="/", **streams):
         """A request that adds an exec process."""

@@ -17,6 +17,7 @@ from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types import mount_pb2
 from protos.containerd.types.task import task_pb2
 from services.common import errors
+from services.shim.runtimes.probe import probe
 from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.shim_harness import FactoryProcess, ShimMaker
 
@@ -543,3 +544,25 @@ async def test_compiled_seccomp_filter_holds_in_the_next_container(node):
         (held, compiled_before),
         (["mkdir=0", "chmod=1", "Seccomp:2"], False),
     ]
+
+
+async def test_a_checkpoint_is_taken_or_refused_with_the_reason(node, runtime, tmp_path):
+    """Whether it can be taken lies with runtime, criu and kernel: the probe says so beforehand."""
+    found = {one.name: one for one in probe([runtime])}[runtime]
+    shim = await node.shim("sleep", "1000", create={})
+    await shim.start()
+    request = shim_pb2.CheckpointTaskRequest(id=shim.id, path=str(tmp_path / "image"))
+    if found.checkpoints:
+        await shim.call("Checkpoint", request)
+        assert any((tmp_path / "image").iterdir())
+    else:
+        with pytest.raises(errors.FailedPrecondition) as refused:
+            await shim.call("Checkpoint", request)
+        obstacle = found.no_checkpoints.rpartition(" check: ")[2].partition("; ")[0]
+        words = {"criu is not installed": "criu", f"{found.path} was built without it": "unknown"}
+        assert words.get(obstacle, obstacle) in refused.value.message
+    state = await shim.state()
+    assert state.status == task_pb2.RUNNING
+    await shim.kill()
+    await shim.wait()
+    await shim.delete()

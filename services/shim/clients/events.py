@@ -28,6 +28,7 @@ _MESSAGES: dict[str, type[Message]] = {
     events.TASK_EXEC_STARTED: task_pb2.TaskExecStarted,
     events.TASK_PAUSED: task_pb2.TaskPaused,
     events.TASK_RESUMED: task_pb2.TaskResumed,
+    events.TASK_CHECKPOINTED: task_pb2.TaskCheckpointed,
 }
 
 

@@ -20,9 +20,10 @@ from protos.containerd.types.task import task_pb2
 from services.common import VERSION
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.common.mounts import Mount
+from services.shim.checkpoint import CheckpointImage
 from services.shim.process import Action, ExitRecord, Process, Status
 from services.shim.rpc.stats import cgroup_metrics
-from services.shim.runtimes.runtime import RuntimeOptions
+from services.shim.runtimes.runtime import CheckpointRequest, RuntimeOptions
 from services.shim.stdio.uris import Stdio
 from services.shim.tasks import CreateRequest
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from services.shim.tasks import Tasks
 
 _OPTIONS_TYPE = "containerd.runc.v1.Options"
+_CHECKPOINT_OPTIONS_TYPE = "containerd.runc.v1.CheckpointOptions"
 _DETAILS_TYPE = "containerd.runc.v1.ProcessDetails"
 _STATUSES = {
     Status.CREATED: task_pb2.CREATED,
@@ -164,12 +166,30 @@ class TaskApi:
     async def Checkpoint(
         self, request: shim_pb2.CheckpointTaskRequest, context: object = None
     ) -> empty_pb2.Empty:
-        """Not in this version."""
+        """Save the state of a container; where runtime, criu or kernel cannot, it says why."""
         container = self._tasks.container(request.id)
-        container.init.check(Action.CHECKPOINT)
-        raise FailedPrecondition(
-            f"container '{container.id}' cannot be checkpointed by this version of the shim"
+        options = _checkpoint_options(request.options)
+        work = _absolute(options.work_path, "work_path")
+        image = _absolute(request.path or options.image_path, "path")
+        if image is None:
+            raise InvalidArgument("a checkpoint needs a directory", field="path")
+        await self._tasks.checkpoint(
+            container,
+            CheckpointRequest(
+                image=image,
+                work=work or image,
+                leave_running=not options.exit,
+                open_tcp=options.open_tcp,
+                external_unix_sockets=options.external_unix_sockets,
+                terminal=options.terminal,
+                file_locks=options.file_locks,
+                empty_namespaces=tuple(options.empty_namespaces),
+                cgroups_mode=options.cgroups_mode,
+                parent=_absolute(options.parent_path, "parent_path"),
+            ),
+            work,
         )
+        return empty_pb2.Empty()
 
     async def Update(
         self, request: shim_pb2.UpdateTaskRequest, context: object = None
@@ -223,6 +243,7 @@ def create_request(request: shim_pb2.CreateTaskRequest) -> CreateRequest:
     Raises:
         InvalidArgument: the runtime options are of an unknown type, or garbage.
     """
+    options = _options(request.options)
     return CreateRequest(
         id=request.id,
         bundle=Path(request.bundle),
@@ -231,8 +252,8 @@ def create_request(request: shim_pb2.CreateTaskRequest) -> CreateRequest:
             for mount in request.rootfs
         ),
         stdio=_stdio(request),
-        options=_options(request.options),
-        checkpoint=request.checkpoint,
+        options=_runtime_options(options),
+        image=_image(request.checkpoint, options),
     )
 
 
@@ -240,7 +261,39 @@ def _stdio(request: shim_pb2.CreateTaskRequest | shim_pb2.ExecProcessRequest) ->
     return Stdio(request.stdin, request.stdout, request.stderr, request.terminal)
 
 
-def _options(packed: any_pb2.Any) -> RuntimeOptions:
+def _image(path: str, options: oci_pb2.Options) -> CheckpointImage | None:
+    path = path or options.criu_image_path
+    if not path:
+        return None
+    return CheckpointImage(Path(path), _absolute(options.criu_work_path, "criu_work_path"))
+
+
+def _absolute(path: str, field: str) -> Path | None:
+    if not path:
+        return None
+    if not path.startswith("/"):
+        raise InvalidArgument(f"{field} '{path}' is not an absolute path", field=field)
+    return Path(path)
+
+
+def _checkpoint_options(packed: any_pb2.Any) -> oci_pb2.CheckpointOptions:
+    options = oci_pb2.CheckpointOptions()
+    name = packed.type_url.rpartition("/")[2]
+    if name not in ("", _CHECKPOINT_OPTIONS_TYPE):
+        raise InvalidArgument(
+            f"options of a checkpoint are a {name}, not a {_CHECKPOINT_OPTIONS_TYPE}",
+            field="options",
+        )
+    try:
+        options.ParseFromString(packed.value)
+    except DecodeError as error:
+        raise InvalidArgument("options of a checkpoint cannot be decoded", field="options") from (
+            error
+        )
+    return options
+
+
+def _options(packed: any_pb2.Any) -> oci_pb2.Options:
     options = oci_pb2.Options()
     # containerd's type URLs have no prefix; a client may send one all the same.
     name = packed.type_url.rpartition("/")[2]
@@ -252,6 +305,10 @@ def _options(packed: any_pb2.Any) -> RuntimeOptions:
         options.ParseFromString(packed.value)
     except DecodeError as error:
         raise InvalidArgument("runtime options cannot be decoded", field="options") from error
+    return options
+
+
+def _runtime_options(options: oci_pb2.Options) -> RuntimeOptions:
     return RuntimeOptions(
         binary=options.binary_name,
         root=Path(options.root),

@@ -9,13 +9,15 @@ the v2 part ("cgroups in hybrid mode not supported").
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import TheseusError
-from services.shim.runtimes import catalogue, programs
+from services.shim.runtimes import catalogue, criu, programs
 from services.shim.runtimes.programs import Program
 from services.shim.runtimes.runtime import RuntimeMissing
 
@@ -38,6 +40,8 @@ class ProbeResult:
         version: first line of ``--version``.
         usable: whether containers can be expected to run.
         reason: why not.
+        checkpoints: whether containers can be checkpointed and restored.
+        no_checkpoints: why not.
     """
 
     name: str
@@ -45,6 +49,8 @@ class ProbeResult:
     version: str = ""
     usable: bool = False
     reason: str = ""
+    checkpoints: bool = False
+    no_checkpoints: str = ""
 
 
 def probe(names: Sequence[str] = (), *, cgroups: Path = _CGROUPS) -> list[ProbeResult]:
@@ -147,7 +153,54 @@ class _Version:
             reason = f"{path} --version exited with {self._asked.returncode} and no version"
             return ProbeResult(self._name, path, reason=reason)
         reason = _known_obstacle(version, cgroups)
-        return ProbeResult(self._name, path, version, usable=not reason, reason=reason)
+        obstacle = _checkpoint_obstacle(self._program)
+        return ProbeResult(
+            self._name,
+            path,
+            version,
+            usable=not reason,
+            reason=reason,
+            checkpoints=not obstacle,
+            no_checkpoints=obstacle,
+        )
+
+
+def _checkpoint_obstacle(program: Program) -> str:
+    """Why a runtime cannot checkpoint here; empty if nothing is known."""
+    if "checkpoint" in program.lacks:
+        return "its configuration says that it lacks it"
+    try:
+        knows = _called(program.path, *program.arguments, "checkpoint", "--help").returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        knows = False
+    return _criu_obstacle() if knows else f"{program.path} was built without it"
+
+
+@cache
+def _criu_obstacle() -> str:
+    path = shutil.which("criu", path=programs.ENVIRONMENT["PATH"])
+    if path is None:
+        return "criu is not installed"
+    try:
+        done = _called(path, "check")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} check does not answer: {error}"
+    if done.returncode == 0:
+        return ""
+    said = done.stdout.decode(errors="replace")
+    return f"{path} check: {criu.last_errors(said) or said.strip() or 'it fails'}"
+
+
+def _called(*argv: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        argv,
+        env=programs.ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
 
 
 def _known_obstacle(version: str, cgroups: Path) -> str:

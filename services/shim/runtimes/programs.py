@@ -35,6 +35,7 @@ CAPABILITIES = frozenset(
         "pause",
         "update",
         "kill-all",
+        "checkpoint",
         "systemd-cgroup",
         "no-pivot",
         "no-new-keyring",

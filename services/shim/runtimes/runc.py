@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from services.common import tracing
 from services.common.errors import Unimplemented
-from services.shim.runtimes import failures, programs, seccomp
+from services.shim.runtimes import criu, failures, programs, seccomp
 from services.shim.runtimes.invocation import Outcome, run
 from services.shim.runtimes.runtime import (
     RuntimeBroken,
+    RuntimeFailed,
     RuntimeOptions,
     UnknownToRuntime,
 )
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
     from services.common.errors import TheseusError
     from services.shim.reaper import Reaper
-    from services.shim.runtimes.runtime import RuntimeStdio
+    from services.shim.runtimes.runtime import CheckpointRequest, RuntimeStdio
 
 _PID_FILE_MAX_BYTES = 32
+_CRIU_FACTOR = 10  # all of a container's memory is written or read
 
 
 class RuncRuntime:
@@ -125,6 +127,53 @@ class RuncRuntime:
         except UnknownToRuntime:
             return
 
+    async def checkpoint(self, request: CheckpointRequest) -> None:
+        """See :meth:`Runtime.checkpoint`."""
+        self._need("checkpoint", "checkpoint a container")
+        arguments = ["checkpoint", "--image-path", str(request.image)]
+        arguments += ["--work-path", str(request.work)]
+        switches = {
+            "--leave-running": request.leave_running,
+            "--tcp-established": request.open_tcp,
+            "--ext-unix-sk": request.external_unix_sockets,
+            "--shell-job": request.terminal,
+            "--file-locks": request.file_locks,
+        }
+        arguments += [switch for switch, wanted in switches.items() if wanted]
+        for kind in request.empty_namespaces:
+            arguments += ["--empty-ns", kind]
+        if request.cgroups_mode:
+            arguments += ["--manage-cgroups-mode", request.cgroups_mode]
+        if request.parent is not None:
+            arguments += ["--parent-path", str(request.parent)]
+        await self._run_criu(arguments, request.work / criu.CHECKPOINT_LOG)
+
+    async def restore(
+        self,
+        *,
+        bundle: Path,
+        pid_file: Path,
+        stdio: RuntimeStdio | None,
+        console: str,
+        image: Path,
+        work: Path,
+    ) -> int:
+        """See :meth:`Runtime.restore`."""
+        self._need("checkpoint", "restore a container")
+        arguments = ["restore", "--bundle", str(bundle), "--pid-file", str(pid_file), "--detach"]
+        arguments += ["--image-path", str(image), "--work-path", str(work)]
+        if console:
+            arguments += ["--console-socket", console]
+        if self._options.no_pivot_root:
+            self._need("no-pivot", "leave pivot_root out")
+            arguments.append("--no-pivot")
+        if not self._program.path.rpartition("/")[2].startswith("crun"):
+            # runc would make itself the subreaper, and init the orphan of nobody we know.
+            arguments.append("--no-subreaper")
+        _remove(pid_file)
+        await self._run_criu(arguments, work / criu.RESTORE_LOG, stdio)
+        return self._read_pid(pid_file)
+
     async def version(self) -> str:
         """See :meth:`Runtime.version`."""
         outcome = await run(
@@ -137,6 +186,18 @@ class RuncRuntime:
             raise RuntimeBroken(f"runtime '{self.name}' {outcome.in_words()} on --version")
         return failures.bounded(outcome.output.partition("\n")[0])
 
+    async def _run_criu(
+        self, arguments: list[str], log: Path, stdio: RuntimeStdio | None = None
+    ) -> None:
+        try:
+            await self._run(
+                [*arguments, self._id], stdio=stdio, timeout_s=self._timeout_s * _CRIU_FACTOR
+            )
+        except RuntimeFailed as error:
+            if not (reason := failures.bounded(criu.reason(log))):
+                raise
+            raise RuntimeFailed(f"{error.message}; criu says: {reason}") from error
+
     async def _run(
         self,
         arguments: list[str],
@@ -144,6 +205,7 @@ class RuncRuntime:
         stdio: RuntimeStdio | None = None,
         classify: Callable[[str, str], TheseusError] = failures.classify,
         log_file: Path | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         log_file = log_file or self._log_file
         offset = log_file.stat().st_size if log_file.exists() else 0
@@ -157,7 +219,7 @@ class RuncRuntime:
                     *arguments,
                 ],
                 stdio=stdio,
-                timeout_s=self._timeout_s,
+                timeout_s=timeout_s or self._timeout_s,
             )
         if outcome.succeeded:
             return

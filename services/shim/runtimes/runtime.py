@@ -52,6 +52,35 @@ class RuntimeStdio:
     stderr: int
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointRequest:
+    """How a checkpoint is taken; the switches are criu's.
+
+    Attributes:
+        image: directory for the image, made if it is not there.
+        work: criu's, for its log and what it needs meanwhile.
+        leave_running: the container goes on afterwards.
+        open_tcp: save open TCP connections, instead of failing.
+        external_unix_sockets: likewise Unix sockets with an end outside.
+        terminal: likewise a terminal.
+        file_locks: likewise file locks.
+        empty_namespaces: kinds of namespaces whose content is not saved.
+        cgroups_mode: ``soft``, ``full``, ``strict``; empty: criu's default.
+        parent: image of which only the difference is saved; None: all is.
+    """
+
+    image: Path
+    work: Path
+    leave_running: bool = True
+    open_tcp: bool = False
+    external_unix_sockets: bool = False
+    terminal: bool = False
+    file_locks: bool = False
+    empty_namespaces: tuple[str, ...] = ()
+    cgroups_mode: str = ""
+    parent: Path | None = None
+
+
 class CommandNotFound(InvalidArgument):
     """The container's command does not exist in it: exit code 127 to users."""
 
@@ -135,6 +164,31 @@ class Runtime(Protocol):
 
     async def delete(self, *, force: bool) -> None:
         """Remove what the runtime keeps of the container; one that it does not know is fine."""
+        ...
+
+    async def checkpoint(self, request: CheckpointRequest) -> None:
+        """Save the container's state; after a failure it goes on as before.
+
+        Raises:
+            Unimplemented: this runtime cannot.
+        """
+        ...
+
+    async def restore(
+        self,
+        *,
+        bundle: Path,
+        pid_file: Path,
+        stdio: RuntimeStdio | None,
+        console: str,
+        image: Path,
+        work: Path,
+    ) -> int:
+        """Make the container out of a saved state; returns the pid of its init, which runs.
+
+        Raises:
+            Unimplemented: this runtime cannot.
+        """
         ...
 
     async def version(self) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from services.common.errors import InvalidArgument
 from services.shim.reaper import Reaper
-from services.shim.runtimes import failures, probe
+from services.shim.runtimes import criu, failures, probe, programs
 from services.shim.runtimes.programs import find_program
 from services.shim.runtimes.runc import RuncRuntime
 from services.shim.runtimes.runtime import (
@@ -256,3 +256,34 @@ async def test_the_next_container_is_created_with_the_compiled_filter(bench):
     await bench.create()
     given = json.loads(config.read_text())
     assert base64.b64decode(given["annotations"]["run.oci.seccomp_bpf_data"]) == compiled
+
+
+def test_criu_is_quoted_with_its_last_errors(tmp_path):
+    log = tmp_path / "dump.log"
+    assert criu.reason(log) == ""
+    lines = [f"(00.0{n}) Error (criu/x.c:{n}): failure {n}\n(00.0{n}) fine" for n in range(6)]
+    log.write_text("\n".join(lines))
+    assert criu.reason(log) == "failure 2; failure 3; failure 4; failure 5"
+
+
+def test_probe_says_why_there_are_no_checkpoints(tmp_path, monkeypatch):
+    program = tmp_path / "runtime"
+    program.write_text('#!/bin/sh\n[ "$1" != checkpoint ] || exit 1\necho runtime version 1\n')
+    program.chmod(0o755)
+    (without,) = probe.probe([str(program)], cgroups=tmp_path)
+    assert (without.usable, without.checkpoints) == (True, False)
+    assert without.no_checkpoints == f"{program} was built without it"
+    program.write_text("#!/bin/sh\necho runtime version 1\n")
+    checker = tmp_path / "criu"
+    monkeypatch.setitem(programs.ENVIRONMENT, "PATH", f"{tmp_path}:/usr/bin:/bin")
+    for script, words in (
+        ("echo Looks good.", ""),
+        ("echo '(0.1) Error (criu/a.c:1): no ptrace'; exit 1", f"{checker} check: no ptrace"),
+        ("exit 1", f"{checker} check: it fails"),
+    ):
+        checker.write_text(f"#!/bin/sh\n{script}\n")
+        checker.chmod(0o755)
+        probe._criu_obstacle.cache_clear()
+        (found,) = probe.probe([str(program)], cgroups=tmp_path)
+        assert (found.checkpoints, found.no_checkpoints) == (not words, words)
+    probe._criu_obstacle.cache_clear()
