@@ -27,6 +27,10 @@ def main() -> int:
         from services.containerd.check.program import main as check
 
         return check(sys.argv[2:])
+    if sys.argv[3:4] == ["publish"] and sys.argv[1] in ("--address", "-address"):
+        from services.containerd.clients.publish import main as publish
+
+        return publish(["--address", *sys.argv[2:]])
     return program.run(NAME, _run)
 
 

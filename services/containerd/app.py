@@ -64,7 +64,7 @@ from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.sandboxes import SandboxControllerService, SandboxStoreService
 from services.containerd.rpc.served import services
-from services.containerd.rpc.shim_events import ShimEventsServer
+from services.containerd.rpc.shim_events import ShimEvents, ShimEventsServer
 from services.containerd.rpc.snapshots import SnapshotsService
 from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.streams import StreamsService
@@ -261,10 +261,10 @@ class App:
         await stack.enter_async_context(self._workers)
         await stack.enter_async_context(self._registries)
         shims, tasks = await self._start_tasks(stack, epoch)
-        events = ShimEventsServer(
-            config.address.with_name(f"{config.address.name}.ttrpc"), shims, self._exchange
+        events = ShimEvents(shims, self._exchange)
+        await stack.enter_async_context(
+            ShimEventsServer(config.address.with_name(f"{config.address.name}.ttrpc"), events)
         )
-        await stack.enter_async_context(events)
         background = await stack.enter_async_context(Background())
         await self._serve(stack, shims, tasks)
         background.start(self._gc.run(), name="garbage collection")
@@ -365,7 +365,7 @@ class App:
             "containers": ContainersService(self._containers),
             "content": ContentService(self._content),
             "diff": DiffService(self._applier, self._comparer),
-            "events": EventsService(self._exchange),
+            "events": EventsService(self._exchange, ShimEvents(shims, self._exchange)),
             "images": ImagesService(self._images),
             "introspection": IntrospectionService(plugins, uuid=identity, runtimes=OUR_RUNTIMES),
             "journal": JournalService(self._journal),

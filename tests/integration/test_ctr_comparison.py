@@ -136,6 +136,7 @@ def play(address, names):
     return [*results, *(player.play(step) for step in end), Result(0, text)]
 
 
+@pytest.mark.timeout(200)  # 300 commands, twice
 async def test_a_stock_ctr_cannot_tell_the_difference(places, made, request):
     before = leaks.taken()
     directory = Path(tempfile.mkdtemp(prefix="thsc", dir="/tmp"))

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.events import task_pb2
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
@@ -124,6 +126,28 @@ async def test_a_runtime_that_is_not_there_is_told(node):
     assert "'/bin/false start' failed for 'c' with exit code 1" in done.stderr
     done = node.run("run", "--rm", "--runtime", "/bin/echo", IMAGE, "c", "true")
     assert "'/bin/echo start' printed no Unix socket's address" in done.stderr
+
+
+async def test_the_program_that_shims_publish_by_reaches_the_journal(node):
+    program = str(Path(sys.executable).with_name("theseus-containerd"))
+    command = [program, "--address", str(node.address), "publish", "--topic", "/tasks/oom"]
+    event = task_pb2.TaskOOM(container_id="c").SerializeToString()
+    message = AnyMessage(type_url="containerd.events.TaskOOM", value=event).SerializeToString()
+    for data, namespace, code, words in (
+        (message, NAMESPACE, 0, b""),
+        (b"", NAMESPACE, 1, b"no google.protobuf.Any"),
+        (message, "not/a/name", 1, b"malformed"),
+    ):
+        done = subprocess.run(
+            [*command, "--namespace", namespace],
+            input=data,
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+    assert await node.topics("c") == ["/tasks/oom"]
 
 
 async def test_a_container_is_looked_at_paused_and_killed(node):

@@ -25,18 +25,25 @@ if TYPE_CHECKING:
 
     from services.containerd.events.exchange import Exchange
     from services.containerd.rpc.context import Context
+    from services.containerd.rpc.shim_events import ShimEvents
 
 
 class EventsService(events_pb2_grpc.EventsServicer):
-    """Serves an exchange."""
+    """Serves an exchange.
 
-    def __init__(self, exchange: Exchange) -> None:
+    Args:
+        exchange: gives events out.
+        events: takes them in.
+    """
+
+    def __init__(self, exchange: Exchange, events: ShimEvents | Exchange) -> None:
         self._exchange = exchange
+        self._events = events
 
     async def Publish(self, request: pb.PublishRequest, context: Context) -> Empty:
         """See the contract."""
         event = TypedValue(request.event.type_url, request.event.value)
-        await self._exchange.publish(request_namespace(context), request.topic, event)
+        await self._events.publish(request_namespace(context), request.topic, event)
         return Empty()
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> Empty:
@@ -44,7 +51,7 @@ class EventsService(events_pb2_grpc.EventsServicer):
         envelope = request.envelope
         if not nanoseconds(envelope.timestamp):
             raise InvalidArgument("a forwarded event needs its timestamp", field="timestamp")
-        await self._exchange.publish(
+        await self._events.publish(
             envelope.namespace,
             envelope.topic,
             TypedValue(envelope.event.type_url, envelope.event.value),

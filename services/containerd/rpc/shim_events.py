@@ -1,12 +1,14 @@
 """containerd's ttrpc event service, for shims that others wrote: they publish, and never register.
 
 It listens beside the gRPC socket, at the same path with ``.ttrpc`` behind it, as upstream has it.
+What shims publish there, or over gRPC by a program of theirs, is journaled as the shim's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import TYPE_CHECKING, Self, cast
 
 from google.protobuf.empty_pb2 import Empty
@@ -32,21 +34,43 @@ SERVICE = "containerd.services.events.ttrpc.v1.Events"
 _BACKLOG = 128
 
 
+class ShimEvents:
+    """Publishes events, and knows those that shims publish about their tasks.
+
+    Args:
+        shims: whose events are theirs.
+        exchange: takes all others.
+    """
+
+    def __init__(self, shims: ShimManager, exchange: Exchange) -> None:
+        self._shims = shims
+        self._exchange = exchange
+
+    async def publish(
+        self, namespace: str, topic: str, event: TypedValue, *, timestamp_ns: int | None = None
+    ) -> None:
+        """As ``Exchange.publish``."""
+        if topic.startswith("/tasks/"):
+            told = ShimEvent(0, timestamp_ns or time.time_ns(), topic, event)
+            container_id = getattr(decode_event(event), "container_id", "")
+            if await self._shims.forwarded(namespace, container_id, told):
+                return
+        await self._exchange.publish(namespace, topic, event, timestamp_ns=timestamp_ns)
+
+
 class ShimEventsServer:
     """Serves it; ``async with`` begins and ends that.
 
     Args:
         path: the socket.
-        shims: whose events are theirs.
-        exchange: takes all others.
+        events: takes them.
     """
 
-    def __init__(self, path: Path, shims: ShimManager, exchange: Exchange) -> None:
+    def __init__(self, path: Path, events: ShimEvents) -> None:
         self._path = path
         self._new = path.with_name(f"{path.name}.new")
         check_socket_path(self._new)
-        self._shims = shims
-        self._exchange = exchange
+        self._events = events
         self._inode = 0
         self._server = TtrpcServer({SERVICE: {"Forward": Method(pb.ForwardRequest, self.forward)}})
 
@@ -68,13 +92,12 @@ class ShimEventsServer:
         envelope = cast("pb.ForwardRequest", request).envelope
         if not nanoseconds(envelope.timestamp):
             raise InvalidArgument("a forwarded event needs its timestamp", field="timestamp")
-        message = TypedValue(envelope.event.type_url, envelope.event.value)
-        event = ShimEvent(0, nanoseconds(envelope.timestamp), envelope.topic, message)
-        container_id = getattr(decode_event(message), "container_id", "")
-        if not await self._shims.forwarded(envelope.namespace, container_id, event):
-            await self._exchange.publish(
-                envelope.namespace, event.topic, message, timestamp_ns=event.timestamp_ns
-            )
+        await self._events.publish(
+            envelope.namespace,
+            envelope.topic,
+            TypedValue(envelope.event.type_url, envelope.event.value),
+            timestamp_ns=nanoseconds(envelope.timestamp),
+        )
         return Empty()
 
     def _bind(self) -> socket.socket:

@@ -34,7 +34,7 @@ from services.containerd.clients.shim import ShimClient
 from services.containerd.clients.shim_program import ShimPrograms, address_of
 from services.containerd.events.exchange import Exchange
 from services.containerd.rpc.events import event_field
-from services.containerd.rpc.shim_events import SERVICE, ShimEventsServer
+from services.containerd.rpc.shim_events import SERVICE, ShimEvents, ShimEventsServer
 from services.containerd.tasks.bundle import Bundle
 from services.containerd.tasks.factory import ShimStartFailed
 from services.containerd.tasks.foreign import ForeignRuntimes, program_name, socket_of
@@ -320,16 +320,16 @@ async def test_events_of_shims_come_in_by_ttrpc(tmp_path: Path) -> None:
     shims: Any = Shims()
     path = tmp_path / "c.ttrpc"
     async with open_metadata(tmp_path) as meta:
-        exchange = Exchange(meta.db, meta.journal, event_field)
+        events = ShimEvents(shims, Exchange(meta.db, meta.journal, event_field))
         async with (
-            ShimEventsServer(path, shims, exchange),
+            ShimEventsServer(path, events),
             await TtrpcClient.connect(path) as client,
         ):
             for container_id in ("c1", "c2"):
                 await client.call(SERVICE, "Forward", request(container_id), timeout_s=5)
             with pytest.raises(CallFailed, match="needs its timestamp"):
                 await client.call(SERVICE, "Forward", request("c1", 0), timeout_s=5)
-            async with ShimEventsServer(path, shims, exchange):
+            async with ShimEventsServer(path, events):
                 pass  # a successor came and went: the socket is its own to take away
             assert not path.exists()
         assert [event.topic for event in shims.events] == ["/tasks/paused"]
