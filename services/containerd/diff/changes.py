@@ -110,7 +110,13 @@ def _between(lower: int | None, upper: int, prefix: str, parents: list[Change]) 
             continue
         was_directory = old is not None and stat.S_ISDIR(old.st_mode)
         waiting = [*parents, change]
-        if old is None or not was_directory or not _alike(old, new):
+        if (
+            old is None
+            or lower is None
+            or not was_directory
+            or not _alike(old, new)
+            or kept_attributes(lower, base) != kept_attributes(upper, base)
+        ):
             yield from _after(parents, change)
             waiting = []
         with _entered(upper, base) as child, contextlib.ExitStack() as stack:
@@ -133,15 +139,15 @@ def _after(parents: list[Change], change: Change) -> Iterator[Change]:
 def _same(lower: int, old: os.stat_result, upper: int, new: os.stat_result, base: str) -> bool:
     if not _alike(old, new) or old.st_size != new.st_size:
         return False
+    if (old.st_ino, old.st_ctime_ns) == (new.st_ino, new.st_ctime_ns):
+        return True  # the file of a layer that is below both
+    if kept_attributes(lower, base) != kept_attributes(upper, base):
+        return False
     if stat.S_ISLNK(new.st_mode):
         return os.readlink(base, dir_fd=lower) == os.readlink(base, dir_fd=upper)
     if not stat.S_ISREG(new.st_mode):
         return True
-    if (old.st_ino, old.st_ctime_ns) == (new.st_ino, new.st_ctime_ns):
-        return True  # the file of a layer that is below both
     if old.st_mtime_ns != new.st_mtime_ns:
-        return False
-    if kept_attributes(lower, base) != kept_attributes(upper, base):
         return False
     # Times that came out of a tar have whole seconds, in which much can happen.
     return bool(new.st_mtime_ns % 1_000_000_000) or _same_content(lower, upper, base)
