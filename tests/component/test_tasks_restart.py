@@ -16,6 +16,7 @@ from protos.theseus.shim.v1 import registry_pb2
 from services.common import linux
 from services.containerd.rpc.encoding import decode_event
 from services.containerd.tasks.known import Standing
+from services.containerd.tasks.remains import recorded_state
 from tests.fakes.task_node import NS, TaskNode
 
 if TYPE_CHECKING:
@@ -235,6 +236,40 @@ async def test_a_wait_learns_of_an_exit_that_was_deleted_between_two_questions(
     del shim.processes[""]
     await shim.serve()
     assert (await waiting).exit_status == 9
+
+
+async def test_a_list_has_the_record_of_a_shim_that_is_not_back_yet(node: TaskNode) -> None:
+    shim = await node.running("c1")
+    await node.stop()
+    await shim.stop_registering()
+    shim.hanging.add("State")
+
+    def record(**changes: Any) -> None:
+        init = {
+            "exec_id": "",
+            "pid": 77,
+            "status": "paused",
+            "stdin": "",
+            "stdout": "file:///log",
+            "stderr": "",
+            "terminal": False,
+            "exit_status": None,
+            "exited_at_ns": None,
+            **changes,
+        }
+        containers = [{"id": "c1", "processes": [{**init, "exec_id": "e1"}, init]}]
+        (shim.bundle / "state.json").write_text(json.dumps({"containers": containers}))
+
+    record()
+    await node.start()
+    (found,) = await node.tasks.states(NS)
+    assert (found.id, found.pid, found.status.name) == ("c1", 77, "PAUSED")
+    assert found.stdio.stdout == "file:///log"
+    record(status="stopped", exit_status=42, exited_at_ns=5)
+    (found,) = await node.tasks.states(NS)
+    assert (found.status.name, found.exit_status, found.exited_at_ns) == ("STOPPED", 42, 5)
+    record(status="stopped")  # lost: that is for the shim to explain
+    assert recorded_state(node.bundles.find(NS, "c1"), node.shims.get(NS, "c1").process) is None
 
 
 async def test_a_call_waits_for_a_shim_that_is_not_back_yet(node: TaskNode) -> None:

@@ -31,6 +31,7 @@ from services.common.errors import (
 from services.containerd.identifiers import checked_identifier
 from services.containerd.tasks.journal import TOPIC_DELETE
 from services.containerd.tasks.known import Standing
+from services.containerd.tasks.remains import recorded_state
 from services.containerd.tasks.shim import (
     CreateTask,
     ProcessExit,
@@ -183,8 +184,18 @@ class TaskManager:
         return await self._ask(namespace, container_id, lambda shim: shim.state(exec_id))
 
     async def states(self, namespace: str) -> list[ProcessState]:
-        """State of every task's init; UNKNOWN for one whose shim does not answer in time."""
-        states = await self._ask_all(self._shims.all(namespace), self._state_of)
+        """State of every task's init; UNKNOWN for one whose shim does not answer in time.
+
+        For a shim that has not come back yet, after a start of containerd, its record answers.
+        """
+        shims = self._shims.all(namespace)
+        away = [known for known in shims if known.standing is Standing.EXPECTED]
+        recorded = await asyncio.to_thread(_recorded_states, away) if away else {}
+
+        async def state_of(known: KnownShim) -> ProcessState | None:
+            return recorded.get(known.id) or await self._state_of(known)
+
+        states = await self._ask_all(shims, state_of)
         return [state for state in states if state is not None]
 
     async def kill(
@@ -408,6 +419,11 @@ def _create_request(known: KnownShim, container: Container, request: TaskRequest
         checkpoint=request.checkpoint,
         options=options,
     )
+
+
+def _recorded_states(shims: Sequence[KnownShim]) -> dict[str, ProcessState]:
+    found = {known.id: recorded_state(known.bundle, known.process) for known in shims}
+    return {container_id: state for container_id, state in found.items() if state is not None}
 
 
 def _no_task(known: KnownShim) -> TaskNotFound:

@@ -17,7 +17,7 @@ import structlog
 from services.common import linux
 from services.common.errors import NotFound
 from services.containerd.tasks.processes import ProcessId
-from services.containerd.tasks.shim import ProcessExit
+from services.containerd.tasks.shim import ProcessExit, ProcessState, Stdio, TaskStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,6 +86,37 @@ def read_remains(bundle: Bundle) -> Remains | None:
         log.error("state of a shim is unreadable", path=str(bundle.path / "state.json"))
         return None
     return Remains({})
+
+
+def recorded_state(bundle: Bundle, process: ProcessId | None) -> ProcessState | None:
+    """State of init as its shim, which lives, has it on record; None where that cannot be had.
+
+    The shim writes it before it tells anybody. Blocks.
+
+    Args:
+        bundle: the shim's.
+        process: the shim; nothing is believed of one that has ended.
+    """
+    if process is None or not process.alive():
+        return None
+    try:
+        containers = bundle.read_json("state.json")["containers"]
+        (processes,) = (each["processes"] for each in containers if each["id"] == bundle.id)
+        (init,) = (each for each in processes if not each["exec_id"])
+        stdio = Stdio(init["stdin"], init["stdout"], init["stderr"], init["terminal"])
+        status = TaskStatus[init["status"].upper()]
+        if status is not TaskStatus.STOPPED:
+            return ProcessState(bundle.id, int(init["pid"]), status, stdio)
+        return ProcessState(
+            bundle.id,
+            int(init["pid"]),
+            status,
+            stdio,
+            exit_status=int(init["exit_status"]),
+            exited_at_ns=int(init["exited_at_ns"]),
+        )
+    except (NotFound, KeyError, TypeError, ValueError, AttributeError):
+        return None  # it has no container yet, or its exit status is lost: it is asked
 
 
 async def delete_container(remains: Remains, container_id: str) -> None:
