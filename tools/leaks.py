@@ -105,10 +105,10 @@ def _processes() -> Iterator[str]:
 def _children(pid: int) -> Iterator[int]:
     """Those helpers that a Python program itself keeps, such as multiprocessing's."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            words = Path(f"/proc/{child}/cmdline").read_bytes()
-            if b"multiprocessing" in words:
-                yield int(child)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended
+            for child in (task / "children").read_text().split():
+                if b"multiprocessing" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    yield int(child)
 
 
 def _mounted() -> Iterator[tuple[str, str]]:
