@@ -8,9 +8,11 @@ import os
 import signal
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf import any_pb2
 
+from protos.containerd.task.v2 import shim_pb2 as shim_v2_pb2
 from protos.containerd.task.v2 import shim_pb2_grpc as v2_grpc
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.task import task_pb2
@@ -105,6 +107,71 @@ async def test_second_name_of_the_api_serves_the_same(maker, fake):
     assert answer.status == task_pb2.RUNNING
     connected = await stub.Connect(shim_pb2.ConnectRequest(id=shim.id), timeout=10)
     assert (connected.shim_pid, connected.task_pid) == (shim.pid, answer.pid)
+
+
+@pytest.mark.parametrize("descriptor", [shim_v2_pb2.DESCRIPTOR, shim_pb2.DESCRIPTOR])
+async def test_every_call_of_the_api_is_served_under_both_names(maker, descriptor):
+    """Of a task that nobody knows; those that need none answer."""
+    shim = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    service = descriptor.services_by_name["Task"]
+    answered = {}
+    for method in service.methods:
+        call = shim.channel.unary_unary(
+            f"/{service.full_name}/{method.name}",
+            request_serializer=type(shim_pb2.StateRequest()).SerializeToString,
+        )
+        try:
+            await call(shim_pb2.StateRequest(), timeout=20)
+            answered[method.name] = "OK"
+        except grpc.aio.AioRpcError as error:
+            answered[method.name] = error.code().name
+    assert len(answered) == 17
+    assert {name for name, code in answered.items() if code == "OK"} == {"Connect", "Shutdown"}
+    assert answered.pop("Create") == "INVALID_ARGUMENT"
+    assert set(answered.values()) == {"OK", "NOT_FOUND"}
+
+
+async def test_each_metric_counts_what_it_is_named_for(maker, fake, registry, tmp_path):
+    log = f"theseus-log://{tmp_path}/c.log"
+    shim = await maker.start(
+        maker.bundle(plain_spec("sh", "-c", "echo one; echo two; echo e >&2; exec sleep 1000"))
+    )
+    await shim.create(binary=fake.path, stdout=log, stderr=log)
+    await shim.start()
+    for exec_id in ("e", "f"):
+        await shim.exec(exec_id, ["true"])
+        await shim.wait(exec_id)
+    await registry.wait_for(lambda r: len(r.of("/tasks/exit")) == 2)
+    wanted = {
+        "theseus_shim_create_seconds_count": 1,
+        "theseus_shim_start_seconds_count": 1,
+        "theseus_shim_exec_seconds_count": 2,
+        'theseus_shim_output_bytes_total{stream="stdout"}': 8,
+        'theseus_shim_output_bytes_total{stream="stderr"}': 2,
+        'theseus_shim_output_lines_total{stream="stdout"}': 2,
+        'theseus_shim_output_lines_total{stream="stderr"}': 1,
+        'theseus_shim_dropped_bytes_total{stream="stdout"}': 0,
+        "theseus_shim_zombies_reaped": 0,
+        "theseus_shim_spool_length": 0,
+        "theseus_shim_spool_write_failures_total": 0,
+        "theseus_shim_generation": 0,
+        "theseus_shim_registrations_total": 1,
+        "theseus_shim_registered": 1,
+        "theseus_shim_refused_epochs_total": 0,
+        "theseus_shim_containers": 1,
+    }
+
+    async def counted():
+        lines = (await shim.metrics()).splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        calls = 'grpc_server_handled_total{grpc_code="OK",grpc_method="Wait",'
+        calls += 'grpc_service="containerd.task.v3.Task",grpc_type="unary"}'
+        assert float(found[calls]) == 2
+        return {name: float(found[name]) for name in wanted} == wanted
+
+    await eventually(counted)
+    await shim.reexec()
+    assert "theseus_shim_generation 1" in await shim.metrics()
 
 
 @pytest.mark.parametrize(

@@ -57,46 +57,59 @@ async def scrape(
 
 
 def merge(pages: Iterable[tuple[str, str, bytes]]) -> bytes:
-    """Merge (namespace, id, page) into one page."""
+    """Merge (namespace, id, page) into one page.
+
+    The pages are much the same: where a sample belongs is found out once, not for each shim.
+    """
     families: dict[str, tuple[list[str], list[str]]] = {}
+    heads: dict[str, str] = {}
+    places: dict[str, tuple[list[str], str, str]] = {}
     for namespace, identity, page in pages:
         labels = f'namespace="{_escape(namespace)}",shim="{_escape(identity)}"'
         family = ""
         for line in page.decode(errors="replace").split("\n"):
             if line.startswith("#"):
-                words = line.split(" ", 3)
-                if len(words) < 4 or words[1] not in ("HELP", "TYPE"):
-                    continue
-                family = words[2]
-                head, _ = families.setdefault(family, ([], []))
-                if not any(known.startswith(f"# {words[1]} ") for known in head):
-                    head.append(line)
+                if line not in heads:
+                    heads[line] = _head(line, families)
+                family = heads[line] or family
             elif line:
-                name = _name(line)
-                if not _belongs(name, family):
-                    family = name
-                _, samples = families.setdefault(family, ([], []))
-                samples.append(_labelled(line, name, labels))
+                sample, _, value = line.rpartition(" ")
+                place = places.get(sample)
+                if place is None:
+                    place = places[sample] = _place(sample, family, families)
+                samples, before, after = place
+                samples.append(f"{before}{labels}{after} {value}")
     lines = [line for head, samples in families.values() for line in (*head, *samples)]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _name(sample: str) -> str:
-    end = min((at for at in (sample.find("{"), sample.find(" ")) if at >= 0), default=len(sample))
-    return sample[:end]
+def _head(line: str, families: dict[str, tuple[list[str], list[str]]]) -> str:
+    """Take in a HELP or TYPE line, the first of its family; returns the family, or nothing."""
+    words = line.split(" ", 3)
+    if len(words) < 4 or words[1] not in ("HELP", "TYPE"):
+        return ""
+    head, _ = families.setdefault(words[2], ([], []))
+    if not any(known.startswith(f"# {words[1]} ") for known in head):
+        head.append(line)
+    return words[2]
+
+
+def _place(
+    sample: str, family: str, families: dict[str, tuple[list[str], list[str]]]
+) -> tuple[list[str], str, str]:
+    """Where a sample goes, and what comes before and after the labels that it gets."""
+    name, _, rest = sample.partition("{")
+    if not rest:  # a value before a time, which is no part of the name
+        name, _, value = name.partition(" ")
+        rest = f"}} {value}".rstrip()
+    if not _belongs(name, family):
+        family = name
+    _, samples = families.setdefault(family, ([], []))
+    return samples, f"{name}{{", rest if rest.startswith("}") else f",{rest}"
 
 
 def _belongs(name: str, family: str) -> bool:
     return name == family or any(name == family + suffix for suffix in _SUFFIXES)
-
-
-def _labelled(sample: str, name: str, labels: str) -> str:
-    rest = sample[len(name) :]
-    if rest.startswith("{}"):
-        return f"{name}{{{labels}}}{rest[2:]}"
-    if rest.startswith("{"):
-        return f"{name}{{{labels},{rest[1:]}"
-    return f"{name}{{{labels}}}{rest}"
 
 
 def _escape(value: str) -> str:
