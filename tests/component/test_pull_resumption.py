@@ -95,8 +95,7 @@ class Client:
         ]
 
 
-@pytest.mark.parametrize("how", ["killed", "restarted"])
-@pytest.mark.parametrize("stalled", [0, 1])
+@pytest.mark.parametrize(("how", "stalled"), [("killed", 0), ("restarted", 1)])
 async def test_what_arrived_before_an_end_does_not_come_again(how, stalled, containerd):
     """With the lower layer stalled, the upper one is unpacked, and waits for what to stand on."""
     blobs = Blobs()

@@ -351,6 +351,19 @@ async def test_pulls_of_one_image_at_once_fetch_each_blob_once(
     assert node.snapshotter.names("b") == set(chain_ids(image.diff_ids))
 
 
+async def test_pulls_into_two_namespaces_at_once_fetch_each_blob_once(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    image = build_image(blobs, [{"a": b"1"}, {"b": b"2"}])
+    name = registry.serve("lib/x", "1", image.manifest, blobs)
+    await asyncio.gather(*(pull(node, name, namespace=namespace) for namespace in "ab"))
+    for namespace in "ab":
+        assert await node.digests(namespace) == set(blobs.data)
+    paths = [seen.path for seen in registry.requests("GET", "/")]
+    assert len(paths) == len(set(paths)) == 4
+
+
 async def test_several_layers_are_fetched_at_once(
     registry: FakeRegistry, node: TransferNode
 ) -> None:
