@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from services.common import linux
 from services.common.errors import (
+    DataLoss,
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
@@ -34,6 +35,7 @@ from services.containerd.diff.attributes import (
     set_xattrs,
     times,
 )
+from services.containerd.diff.flusher import Flusher
 from services.containerd.diff.rooted import Directory, RootedTree, clean, status
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ class LayerApplier:
         self._merged = merged
         self._detached = detached
         self._made: set[str] = set()  # names that this layer has brought
+        self._flusher = Flusher(self._tree.root.fd)
         self._directory_times: dict[str, tuple[int, int]] = {}
         self._makers: dict[bytes, Callable[[Entry, TarReader, Directory, str], None]] = {
             reader.REGULAR: self._make_file,
@@ -113,6 +116,7 @@ class LayerApplier:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flusher.finish()
         self._tree.close()
         for tree in self._lower or []:
             tree.close()
@@ -135,6 +139,8 @@ class LayerApplier:
             except RecursionError as error:
                 raise InvalidArgument(f"a name in the layer is too deep: {name[:128]!r}") from error
         self._set_directory_times()
+        if (unwritten := self._flusher.finish()) is not None:
+            raise _unwritten(unwritten) from unwritten
 
     def sync(self) -> None:
         """Bring the file system written to to the disk."""
@@ -165,6 +171,7 @@ class LayerApplier:
         try:
             if entry.size_bytes:
                 data.copy(fd)
+                self._flusher.wrote(entry.size_bytes)
             if entry.uid or entry.gid or parent.passes_on:
                 os.fchown(fd, entry.uid, entry.gid)
             if entry.xattrs:
@@ -419,6 +426,14 @@ class LayerApplier:
 
 def _is_whiteout(found: os.stat_result) -> bool:
     return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def _unwritten(error: OSError) -> TheseusError:
+    """What it means that the kernel could not write to the disk what it had taken."""
+    text = f"the layer could not be written to the disk: {error.strerror}"
+    if error.errno in _OUT_OF_SPACE:
+        return ResourceExhausted(f"{text}; make room and try again")
+    return DataLoss(f"{text}; look for the disk's errors in the kernel's log")
 
 
 def _explained(error: OSError, entry: Entry) -> TheseusError | OSError:

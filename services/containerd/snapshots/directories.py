@@ -118,8 +118,11 @@ class DirectorySnapshotter(RecordedSnapshotter):
     async def _finish(
         self, row: rows.SnapshotRow, _parent: rows.SnapshotRow | None, _labels: Mapping[str, str]
     ) -> tuple[Usage, str]:
-        await asyncio.to_thread(tree.sync, self.files(row.id))
-        return await self._measure(row), ""
+        # At once: stat(2) counts what the file system has not given a place yet, too.
+        _, usage = await asyncio.gather(
+            asyncio.to_thread(tree.sync, self.files(row.id)), self._measure(row)
+        )
+        return usage, ""
 
     async def _discard(self, row: rows.SnapshotRow) -> None:
         await asyncio.to_thread(self._throw_away, self.root / str(row.id))

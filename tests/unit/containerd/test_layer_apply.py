@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import subprocess
 import tarfile
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import InvalidArgument, TheseusError
+from services.common.errors import DataLoss, InvalidArgument, ResourceExhausted, TheseusError
 from services.containerd.diff.applier import LowerNeeded
+from services.containerd.diff.flusher import Flusher
 from services.containerd.diff.rooted import clean
 from tests.fakes.layers import Member, folder, hardlink, layer, looks, symlink, unpack
 
@@ -636,3 +639,39 @@ class TestDetached:
                 return
             unpack(layer(members), over, overlay=True, lower=[lower])
             assert looks(over, times=False) == looks(detached, times=False)
+
+
+class TestFlusher:
+    """Writing to the disk begins early, and its failures are not lost."""
+
+    def test_it_syncs_after_every_step_one_at_a_time(self) -> None:
+        gate, calls = threading.Event(), []
+
+        def sync(fd: int) -> None:
+            calls.append(fd)
+            gate.wait(10)
+
+        flusher = Flusher(7, sync)
+        flusher.wrote(1 << 20)
+        assert calls == []
+        for _ in range(5):
+            flusher.wrote(16 << 20)
+        gate.set()
+        assert flusher.finish() is None
+        assert calls == [7]
+        flusher.wrote(1)
+        assert flusher.finish() is None
+        assert calls == [7, 7]  # what was written while the first one was under way
+
+    @pytest.mark.parametrize(
+        ("number", "kind"), [(errno.EIO, DataLoss), (errno.ENOSPC, ResourceExhausted)]
+    )
+    def test_a_failed_write_fails_the_layer(
+        self, root: Path, number: int, kind: type[TheseusError], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(fd: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Flusher.__init__, "__defaults__", (fail,))
+        with pytest.raises(kind, match="could not be written to the disk"):
+            unpack(layer([Member("a", bytes(16 << 20))]), root)
