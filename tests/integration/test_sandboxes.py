@@ -16,6 +16,7 @@ from protos.containerd.services.sandbox.v1 import sandbox_pb2 as pb
 from protos.containerd.services.sandbox.v1 import sandbox_pb2_grpc
 from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.containerd.types import sandbox_pb2
+from protos.theseus.shim.v1 import upgrades_pb2, upgrades_pb2_grpc
 from services.common.client import connect
 from tests.fakes.containerd import ContainerdProcess, node_directory
 from tests.fakes.stock_shim import parent_of
@@ -203,6 +204,30 @@ async def test_containers_come_and_go_in_a_sandbox_over_restarts(node):
         assert parent_of(second) == shim
         await node.remove_container("two")
         ended(shim)
+
+
+async def test_a_sandbox_outlives_the_upgrade_of_its_shim(node):
+    await node.create(netns_path="/proc/self/ns/net")
+    shim = (await node.ask("Start")).pid
+    container = await node.container("one")
+    waiting = node.controller.Wait(
+        pb.ControllerWaitRequest(sandbox_id="pod", sandboxer="shim"), timeout=60
+    )
+    async with connect(node.address, namespace=NAMESPACE) as channel:
+        upgrade = upgrades_pb2_grpc.UpgradesStub(channel).UpgradeShims(
+            upgrades_pb2.UpgradeShimsRequest(), timeout=60
+        )
+        answers = [answer async for answer in upgrade]
+    assert [answer.error for answer in answers] == [""] * len(answers)
+    assert answers
+    status = await node.ask("Status", verbose=True)
+    assert (status.pid, status.state) == (shim, "SANDBOX_READY")
+    assert any("net:[" in str(fd.readlink()) for fd in Path(f"/proc/{shim}/fd").iterdir())
+    assert parent_of(container) == shim
+    await node.remove_container("one")
+    await node.ask("Shutdown")
+    assert (await waiting).exit_status == 0
+    ended(shim)
 
 
 async def test_a_removal_that_goes_on_after_a_restart_leaves_the_others(node):

@@ -2,8 +2,8 @@
 
 A call that comes while the gate is closed waits: either the gate opens again and nobody noticed, or
 the process is executed anew, the connection breaks, and the caller asks again. Calls that wait for
-a process' end, for the acknowledgement of its events, or are attached to it, are not counted: they
-break.
+the end of a process or a sandbox, for the acknowledgement of events, or are attached, are not
+counted: they break.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[Any, Any]
 
-_PASS = frozenset({"Wait", "Reexec", "Info", "Metrics", "Leave"})
+_PASS = frozenset({"Wait", "WaitSandbox", "Reexec", "Info", "Metrics", "Leave"})
 # A handler's return is not its answer's departure; nothing tells when that is on the socket.
 _FLUSH_S = 0.01
 
