@@ -631,6 +631,30 @@ async def test_push_then_pull_gives_the_same_image(
         assert len(other.requests("PUT", "/blobs/")) == uploads
 
 
+async def test_several_layers_are_pushed_at_once(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    image = build_image(blobs, [{f"f{n}": bytes([n])} for n in range(6)])
+    name = registry.serve("lib/x", "1", image.manifest, blobs)
+    await pull(node, name)
+    async with FakeRegistry() as other:
+        other.gate = asyncio.Event()
+        target = parse_reference(f"{other.address}/new/y:2")
+        remote = node.registries.open(target, RegistryAccess())
+        task = asyncio.ensure_future(node.transfers.push("a", name, remote, report_nothing))
+        async with asyncio.timeout(10):
+            while len(other.requests("HEAD", "/blobs/")) < 4:
+                other.arrived.clear()
+                await other.arrived.wait()
+            assert not other.requests("PUT", "/manifests/")
+            other.gate.set()
+            await task
+        assert other.blobs.keys() == blobs.data.keys() - {image.manifest.digest}
+        assert other.seen[-1].method == "PUT"  # what refers to others comes last
+        assert other.seen[-1].path.endswith("/manifests/2")
+
+
 async def test_push_of_one_platform_leaves_the_index_out(
     registry: FakeRegistry, node: TransferNode
 ) -> None:
