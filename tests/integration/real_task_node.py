@@ -16,10 +16,11 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
-from protos.containerd.types import mount_pb2
 from protos.containerd.types.runc.options import oci_pb2
+from services.common.mounts import Mount
 from services.common.rpc_errors import from_rpc_error
 from services.containerd.containers.store import Container
+from services.containerd.rpc.mounts import to_mounts
 from services.containerd.tasks.bundle import unmount_beneath
 from services.containerd.tasks.factory import FactoryClient
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
@@ -27,7 +28,7 @@ from services.containerd.typed import TypedValue
 from tests.fakes.task_node import NS, SPEC, TaskNode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _END_LIMIT_S = 20
 PROGRAM = (sys.executable, "-m", "services.shim")
@@ -45,8 +46,16 @@ def make_rootfs(path: Path) -> Path:
     return path
 
 
-def make_spec(container_id: str, *args: str, annotations: Mapping[str, str] | None = None) -> bytes:
-    kinds = ("pid", "mount", "ipc", "uts", "network")
+def make_spec(
+    container_id: str,
+    *args: str,
+    annotations: Mapping[str, str] | None = None,
+    mapped_to: int = 0,
+) -> bytes:
+    """A spec; with ``mapped_to``, of a user namespace whose root is that id outside."""
+    kinds = ["pid", "mount", "ipc", "uts", "network", *(["user"] if mapped_to else [])]
+    ids = [{"containerID": 0, "hostID": mapped_to, "size": 65536}]
+    mappings = {"uidMappings": ids, "gidMappings": ids} if mapped_to else {}
     return json.dumps(
         {
             "ociVersion": "1.0.2",
@@ -66,6 +75,7 @@ def make_spec(container_id: str, *args: str, annotations: Mapping[str, str] | No
             "linux": {
                 "namespaces": [{"type": kind} for kind in kinds],
                 "cgroupsPath": f"/theseus-tasks/{container_id}",
+                **mappings,
             },
         }
     ).encode()
@@ -108,23 +118,25 @@ class RealTaskNode(TaskNode):
         *args: str,
         runtime: str = "runc",
         annotations: Mapping[str, str] | None = None,
+        rootfs: Sequence[Mount] = (),
+        mapped_to: int = 0,
         **fields: Any,
     ) -> int:
         """Make a container and its task; returns init's pid."""
+        mounts = rootfs or [Mount("bind", str(self.rootfs), options=("rbind", "rw"))]
+        spec = make_spec(container_id, *args, annotations=annotations, mapped_to=mapped_to)
         await self.metadata.containers.create(
             NS,
             Container(
                 id=container_id,
                 runtime_name="io.containerd.runc.v2",
-                spec=TypedValue(
-                    SPEC.type_url, make_spec(container_id, *args, annotations=annotations)
-                ),
+                spec=TypedValue(SPEC.type_url, spec),
             ),
         )
         options = oci_pb2.Options(binary_name=runtime)
         request = pb.CreateTaskRequest(
             container_id=container_id,
-            rootfs=[mount_pb2.Mount(type="bind", source=str(self.rootfs), options=["rbind", "rw"])],
+            rootfs=to_mounts(mounts),
             options=AnyMessage(
                 type_url=options.DESCRIPTOR.full_name, value=options.SerializeToString()
             ),

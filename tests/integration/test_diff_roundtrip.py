@@ -174,7 +174,7 @@ def with_gnu_tar(layer: bytes, root: Path) -> None:
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(ACTIONS, ACTIONS)
 def test_changes_are_the_same_wherever_they_are_applied(

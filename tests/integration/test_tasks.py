@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.types.task import task_pb2
 from protos.theseus.shim.v1 import streams_pb2
+from services.common.mounts import Mount
 from services.containerd.rpc.encoding import decode_event
 from tests.integration.real_task_node import RealTaskNode as Node
 
@@ -42,6 +44,46 @@ async def test_a_real_container_from_create_to_delete(node: Node, runtime: str) 
     assert (await node.call("Delete", "c1")).exit_status == 42
     assert (node.root / "out").read_text() == "hello\n"
     assert await node.topics() == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+    await node.assert_clean()
+
+
+@pytest.fixture
+async def open_node() -> AsyncIterator[Node]:
+    """A node that others than root get through to, as they do below /var/lib."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o711)
+        node = Node(Path(directory))
+        await node.start()
+        yield node
+        await node.close()
+
+
+async def test_a_user_namespace_finds_the_layers_its_own(open_node: Node) -> None:
+    """The shim mounts them so, as the snapshotter says; nobody else sees them changed."""
+    node = open_node
+    for name in ("upper", "work"):
+        (node.root / name).mkdir()
+    os.chown(node.root / "upper", 100000, 100000)
+    layers = (
+        *("uidmap=0:100000:65536", "gidmap=0:100000:65536"),
+        *(f"workdir={node.root}/work", f"upperdir={node.root}/upper"),
+        *(f"lowerdir={node.rootfs}", "index=off"),
+    )
+    out = f"file://{node.root}/out"
+    script = "busybox id -u; busybox stat -c %u:%g /bin/busybox; echo x > /bin/new"
+    await node.create(
+        *("c1", "sh", "-c", script),
+        rootfs=[Mount("overlay", "overlay", options=layers)],
+        mapped_to=100000,
+        stdout=out,
+        stderr=out,
+    )
+    await node.call("Start", "c1")
+    status = (await node.call("Wait", "c1")).exit_status
+    assert ((node.root / "out").read_text(), status) == ("0\n0:0\n", 0)
+    await node.call("Delete", "c1")
+    assert (node.root / "upper/bin/new").stat().st_uid == 100000
+    assert (node.rootfs / "bin/busybox").stat().st_uid == 0
     await node.assert_clean()
 
 

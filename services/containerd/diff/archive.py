@@ -65,6 +65,8 @@ class LayerWriter:
         kind = _KINDS.get(stat.S_IFMT(change.status.st_mode))
         if kind is None:
             return
+        if kind != reader.DIRECTORY and self._is_link(change, change.status):
+            return
         if kind == reader.REGULAR:
             self._add_file(change, change.status)
             return
@@ -81,13 +83,18 @@ class LayerWriter:
         """Write the end mark, two blocks of zeros."""
         self._output.write(bytes(2 * _BLOCK_BYTES))
 
-    def _add_file(self, change: Change, status: os.stat_result) -> None:
+    def _is_link(self, change: Change, status: os.stat_result) -> bool:
+        """Write a further name of what has been written, of any kind; or remember its first."""
         inode = (status.st_dev, status.st_ino)
-        if status.st_nlink > 1:
-            if inode in self._links:
-                self._header(change.name, reader.HARDLINK, status, link=self._links[inode])
-                return
+        if status.st_nlink == 1:
+            return False
+        if inode not in self._links:
             self._links[inode] = change.name
+            return False
+        self._header(change.name, reader.HARDLINK, status, link=self._links[inode])
+        return True
+
+    def _add_file(self, change: Change, status: os.stat_result) -> None:
         fd = os.open(change.base, _FILE, dir_fd=change.directory_fd)
         try:
             status = os.fstat(fd)
