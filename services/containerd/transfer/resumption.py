@@ -4,7 +4,8 @@ A pull works under a lease of its own, which is labelled with the reference. It 
 unless that was interrupted: by a registry that is away, by a client or a containerd that went away
 (a process that is killed leaves the lease by itself). Then it keeps what has arrived, whole blobs
 and beginnings, for as long as containerd keeps an ingest. The next pull of the same reference that
-comes to an end, good or bad, takes these leases with it.
+comes to an end, good or bad, takes these leases with it. One that finds the disk full takes those
+of all references: what is there to be gone on with must not keep the room from what is wanted now.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from services.common.errors import NotFound, Unavailable
+from services.common.errors import NotFound, ResourceExhausted, Unavailable
 from services.containerd.leases.lease import EXPIRE_LABEL, INGESTS, current_lease
 from services.containerd.uninterrupted import uninterrupted
 
@@ -65,6 +66,9 @@ class PullLeases:
         except INTERRUPTIONS:
             await uninterrupted(self._interrupted(namespace, lease))
             raise
+        except ResourceExhausted:
+            await uninterrupted(self._ended(namespace, lease, ""))
+            raise
         except BaseException:
             await uninterrupted(self._ended(namespace, lease, reference))
             raise
@@ -80,10 +84,13 @@ class PullLeases:
                 await self._leases.delete(namespace, lease)
 
     async def _ended(self, namespace: str, lease: str, reference: str) -> None:
+        """Delete a lease, and what earlier pulls left of the same reference; empty: of any."""
         self._live.discard((namespace, lease))
         for found in await self._leases.find(namespace):
+            pulled = found.labels.get(PULL_LABEL, "")
             is_earlier = (
-                found.labels.get(PULL_LABEL) == reference
+                pulled
+                and pulled == (reference or pulled)
                 and (namespace, found.id) not in self._live
             )
             if found.id == lease or is_earlier:

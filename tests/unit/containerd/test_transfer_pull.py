@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.errors import DataLoss, InvalidArgument, NotFound, Unavailable
+from services.common.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import chain_ids, digest_of
 from services.containerd.content.store import CHUNK_BYTES
@@ -443,6 +449,26 @@ async def test_a_pull_that_fails_for_good_takes_what_others_had_begun(
     with pytest.raises(DataLoss):
         await pull(node, name, Destination(name=name, unpackings=(Unpacking(),)))
     assert await node.content.statuses("a") == []
+    assert await node.meta.leases.find("a") == []
+
+
+async def test_a_full_disk_takes_what_all_interrupted_pulls_have_left(
+    registry: FakeRegistry, node: TransferNode
+) -> None:
+    blobs = Blobs()
+    names = []
+    for number in range(3):
+        image = build_image(blobs, [{"a": bytes([number])}])
+        names.append(registry.serve(f"lib/{number}", "1", image.manifest, blobs))
+    node.applier.failure = Unavailable("interrupted")
+    destinations = [Destination(name=name, unpackings=(Unpacking(),)) for name in names]
+    for destination in destinations[:2]:
+        with pytest.raises(Unavailable):
+            await pull(node, destination.name, destination)
+    assert len(await node.meta.leases.find("a")) == 2
+    node.applier.failure = ResourceExhausted("the disk is full")
+    with pytest.raises(ResourceExhausted):
+        await pull(node, destinations[2].name, destinations[2])
     assert await node.meta.leases.find("a") == []
 
 
