@@ -1,16 +1,7 @@
 """One container: its init process, its exec processes, and what becomes of them.
 
 Every change goes the same way: ask the table, run the runtime, move on, write the state, emit the
-event. Rules that the order of lines below keeps:
-
-* An exit is handled under the process' lock, so that it waits for a start under way: the start is
-  told before the exit.
-* Init's exit is told last: what is left in the container is killed, and the exits of exec processes
-  are told, before it.
-* The exit record is on the spool first; then what is left in the pipes goes to the log (so that
-  whoever hears of the exit finds the log complete), and then it is told.
-* The runtime's ``delete`` and the unmounting happen after that, on their own; Delete waits for them
-  and repeats what failed.
+event. How processes end is the business of ``exits.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +12,6 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -38,13 +28,14 @@ from services.common.errors import (
 from services.shim import bundle as bundles
 from services.shim import cgroups, checkpoint, events, launch
 from services.shim.events import Event
+from services.shim.exits import Exits
 from services.shim.handover import Skeleton, renamed
 from services.shim.keeping import Keeping
-from services.shim.process import Action, ExitRecord, Process, Status, exit_fields
+from services.shim.process import Action, Process, Status
 from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from services.common.background import Background
@@ -54,14 +45,12 @@ if TYPE_CHECKING:
     from services.shim.events import EventSink
     from services.shim.handover import Outgoing
     from services.shim.measures import Measures
-    from services.shim.reaper import Exit, Reaper
+    from services.shim.reaper import Reaper
     from services.shim.runtimes.runtime import CheckpointRequest, Runtime, RuntimeOptions
     from services.shim.stdio.uris import Stdio
 
 log = structlog.get_logger(__name__)
 
-_SETTLE_LIMIT_S = 2.0
-_EXECS_LIMIT_S = 10.0
 _EXIT_LIMIT_S = 30.0
 
 
@@ -105,16 +94,7 @@ class Container:
         self._changed = changed
         self._image = image  # what start restores it from, until then
         self._specs: dict[str, dict[str, Any]] = {}
-        self._own_pid_namespace = False
-        self._init_is_gone = False
-        self._oom_kills = 0
-        self._cleanup: asyncio.Task[None] | None = None
-        self._work: set[asyncio.Task[None]] = set()
-
-    @property
-    def work(self) -> set[asyncio.Task[None]]:
-        """What is under way on the container's own account: the handling of exits, the cleanup."""
-        return set(self._work)
+        self.exits = Exits(self, surroundings, changed)
 
     def process(self, exec_id: str) -> Process:
         """Init (empty ``exec_id``) or an exec process.
@@ -150,7 +130,7 @@ class Container:
         began = time.monotonic()
         if self._image is not None:
             self._need_checkpoints()
-        self._own_pid_namespace = bundles.has_own_pid_namespace(self.bundle.read_spec())
+        self.exits.own_pid_namespace = bundles.has_own_pid_namespace(self.bundle.read_spec())
         async with AsyncExitStack() as undo:
             if self._rootfs:
                 await asyncio.to_thread(self._mount)
@@ -167,7 +147,7 @@ class Container:
                     pid, master = await launch.create_init(self.runtime, self.bundle, self.init.io)
                     self._take_init(pid, master)
                     self._emit(events.TASK_CREATE, self._create_fields(pid))
-                    around.reaper.watch(pid, self._watcher(self.init), window)
+                    around.reaper.watch(pid, self.exits.watcher(self.init), window)
             undo.pop_all()
         around.metrics.create_seconds.observe(time.monotonic() - began)
 
@@ -312,7 +292,7 @@ class Container:
         async with process.lock:
             process.check(Action.DELETE)
             if process is self.init:
-                await self._finish_cleanup()
+                await self.exits.finish_cleanup()
             if process.io is not None:
                 await process.io.close(drain=process.exit is not None)
                 process.io = None
@@ -339,6 +319,11 @@ class Container:
             },
         )
 
+    async def clean_up(self, *, force: bool) -> None:
+        """Have the runtime forget the container, and unmount its root file system."""
+        await self.runtime.delete(force=force)
+        await self._unmount()
+
     def state(self) -> dict[str, object]:
         """What a successor of this process has to know; goes into ``state.json``."""
         return {
@@ -348,9 +333,9 @@ class Container:
             "runtime_root": str(self.options.root),
             "options": asdict(self.options) | {"root": str(self.options.root)},
             "rootfs": [asdict(mount) for mount in self._rootfs],
-            "own_pid_namespace": self._own_pid_namespace,
+            "own_pid_namespace": self.exits.own_pid_namespace,
             "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
-            "oom_kills": self._oom_kills,
+            "oom_kills": self.exits.oom_kills,
             "image": self._image.state() if self._image is not None else None,
             "processes": [p.state() for p in (self.init, *self.execs.values())],
             "specs": {
@@ -386,8 +371,8 @@ class Container:
 
     def unpack(self, saved: Mapping[str, Any]) -> None:
         """Become what ``saved`` describes, its output paused; ``pack`` or ``state`` made it."""
-        self._own_pid_namespace = saved["own_pid_namespace"]
-        self._oom_kills = saved["oom_kills"]
+        self.exits.own_pid_namespace = saved["own_pid_namespace"]
+        self.exits.oom_kills = saved["oom_kills"]
         if saved.get("image") is not None:  # an earlier version has none
             self._image = checkpoint.CheckpointImage.unpack(saved["image"])
         if saved["cgroup"] is not None:
@@ -404,7 +389,7 @@ class Container:
                 self.execs[process.exec_id] = process
             else:
                 self.init = process
-                self._init_is_gone = process.exit is not None
+                self.exits.init_is_gone = process.exit is not None
             if (streams := saved["io"].get(process.exec_id)) is not None:
                 process.io = self._new_io(process.stdio)
                 process.io.unpack(streams, self._around.reaper)
@@ -412,7 +397,7 @@ class Container:
                 self._watch_again(process)
 
     def _watch_again(self, process: Process) -> None:
-        reaper, ended = self._around.reaper, self._watcher(process)
+        reaper, ended = self._around.reaper, self.exits.watcher(process)
         if process.orphan:
             reaper.adopt_orphan(process.pid, process.pidfd, ended)
         else:
@@ -447,14 +432,14 @@ class Container:
             self._image = None
             self._take_init(pid, master)
             self._started(self.init, events.TASK_START, {"container_id": self.id})
-            self._around.reaper.watch(pid, self._watcher(self.init), window)
+            self._around.reaper.watch(pid, self.exits.watcher(self.init), window)
 
     def _take_init(self, pid: int, master: int) -> None:
         assert self.init.io is not None
         self.init.created(pid)
         with contextlib.suppress(OSError):
             self.cgroup = cgroups.of_process(pid)
-        self._oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
+        self.exits.oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
         self._hold(self.init)
 
@@ -472,7 +457,7 @@ class Container:
         }
 
     async def _start_exec(self, process: Process) -> None:
-        if self._init_is_gone:
+        if self.exits.init_is_gone:
             raise FailedPrecondition(f"container '{self.id}' does not run: its init has ended")
         self.init.check(Action.EXEC)
         async with AsyncExitStack() as undo:
@@ -491,91 +476,13 @@ class Container:
                     events.TASK_EXEC_STARTED,
                     {"container_id": self.id, "exec_id": process.exec_id},
                 )
-                self._around.reaper.watch(pid, self._watcher(process), window)
+                self._around.reaper.watch(pid, self.exits.watcher(process), window)
             undo.pop_all()
 
     def _started(self, process: Process, topic: str, fields: dict[str, object]) -> None:
         process.apply(Action.START)
         self._changed()
         self._emit(topic, {**fields, "pid": process.pid})
-
-    def _watcher(self, process: Process) -> Callable[[Exit], None]:
-        return self._init_ended if process is self.init else partial(self._exec_ended, process)
-
-    def _init_ended(self, ended: Exit) -> None:
-        self._init_is_gone = True
-        self._do(self._handle_init_exit(ended), name="init exit")
-
-    def _exec_ended(self, process: Process, ended: Exit) -> None:
-        self._do(self._handle_exit(process, ended), name="exec exit")
-
-    def _do(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        task = self._around.background.start(work, name=name)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        return task
-
-    async def _handle_init_exit(self, ended: Exit) -> None:
-        if not self._own_pid_namespace and self.cgroup is not None:
-            emptied = await asyncio.to_thread(self.cgroup.kill_all)
-            if not emptied:
-                log.error("processes of the container do not die", container_id=self.id)
-        await self._wait_for_execs()
-        await self._handle_exit(self.init, ended)
-        self._cleanup = self._do(self._clean_up(), name="clean up")
-
-    async def _wait_for_execs(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EXECS_LIMIT_S):
-                for process in list(self.execs.values()):
-                    # A start under way ends one way or the other first.
-                    async with process.lock:
-                        started = process.status is Status.RUNNING
-                    if started:
-                        await process.wait()
-
-    async def _handle_exit(self, process: Process, ended: Exit) -> None:
-        async with process.lock:
-            record = ExitRecord.of(ended, oom_killed=self._tell_oom())
-            topic = events.TASK_LOST if record.lost else events.TASK_EXIT
-            seq = self._around.events.record(Event(topic, exit_fields(process, record)))
-            process.ended(record)
-            self._changed()
-            if process.io is not None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_SETTLE_LIMIT_S):
-                        await process.io.settle()
-            self._around.events.offer(seq)
-            process.tell()
-        log.info(
-            "process exited",
-            container_id=self.id,
-            exec_id=process.exec_id,
-            exit_status=record.status,
-            oom_killed=record.oom_killed,
-            lost=record.lost,
-        )
-
-    def _tell_oom(self) -> bool:
-        kills = self.cgroup.oom_kills() if self.cgroup is not None and self.cgroup.own else 0
-        if kills <= self._oom_kills:
-            return False
-        self._oom_kills = kills
-        self._emit(events.TASK_OOM, {"container_id": self.id})
-        return True
-
-    async def _clean_up(self) -> None:
-        await self.runtime.delete(force=False)
-        await self._unmount()
-
-    async def _finish_cleanup(self) -> None:
-        """Wait for what the exit began; do it again if it failed, and raise if it fails again."""
-        if self._cleanup is not None:
-            done, _ = await asyncio.wait([self._cleanup])
-            if not next(iter(done)).cancelled() and next(iter(done)).exception() is None:
-                return
-        await self.runtime.delete(force=True)
-        await self._unmount()
 
     async def _open_io(self, stdio: Stdio) -> ProcessIo:
         return await open_io(

@@ -269,7 +269,7 @@ class Tasks:
             await asyncio.wait(tasks)
 
     def _under_way(self) -> set[asyncio.Task[Any]]:
-        work = [container.work for container in self.all()]
+        work = [container.exits.work for container in self.all()]
         return self._running.union(self._reaper.under_way(), *work)
 
     async def _create(self, request: CreateRequest) -> Container:
