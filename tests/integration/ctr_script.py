@@ -145,7 +145,7 @@ _VOLATILE = [
     (re.compile(r"\b\d+ (second|minute)s?\b|Less than a second|About a minute"), "<age>"),
     (re.compile(r"\bextract-\d+-\S+"), "<extraction>"),
     (re.compile(r"\b\d+(\.\d+)?(ms|s|µs)\b"), "<duration>"),
-    (re.compile(r"\(\d+\.\d+ \w+/s\)"), "<rate>"),
+    (re.compile(r"elapsed: .*? s +total: .*"), "<progress>"),
     (re.compile(r"\b\d{6,}-[\w-]{4,8}(?= )"), "<generated>"),
     (re.compile(r"/run/containerd/fifo/\d+"), "<fifos>"),
     (re.compile(r"/tmp/containerd-mount\d+"), "<mount>"),
