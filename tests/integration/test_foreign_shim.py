@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.events import task_pb2
@@ -18,7 +19,7 @@ from tests.fakes.stock_shim import parent_of
 from tests.integration.theseus import ended, until
 from tools import image, leaks
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.asyncio(loop_scope="module")]
 
 PROGRAM = "/usr/bin/containerd-shim-runc-v2"
 RUNTIME = "io.debian.runc.v2"
@@ -78,37 +79,42 @@ class Node(ContainerdProcess):
         return [topic for topic, _ in await self.journal(container)]
 
 
-@pytest.fixture
-async def node(busybox):
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def running(busybox):
     if not Path(PROGRAM).exists():
         pytest.fail(f"{PROGRAM} is not installed: it comes with Debian's package containerd")
     before = leaks.taken()
     async with node_directory() as directory:
-        running = Node(directory, ("--runtime", f"{RUNTIME}={PROGRAM}", "--gc-delay", "0"))
-        async with running:
+        node = Node(directory, ("--runtime", f"{RUNTIME}={PROGRAM}", "--gc-delay", "0"))
+        async with node:
             image.write_oci_archive(busybox, directory / "image.tar", IMAGE)
-            running.ctr("images", "import", directory / "image.tar")
-            yield running
-            if running.process.returncode is not None:
-                await running.start()
-            assert running.tasks() == {}
-            assert running.ctr("containers", "ls", "-q") == ""
-            tasks = directory / "s" / "tasks" / NAMESPACE
-            until(lambda: not tasks.exists() or not list(tasks.iterdir()))
-            assert await running.stop() == 0
+            node.ctr("images", "import", directory / "image.tar")
+            yield node
+            assert await node.stop() == 0
         assert str(directory) not in Path("/proc/self/mounts").read_text()
     until(lambda: not [trace for trace in leaks.taken().beyond(before) if "processes" in trace])
     leaks.clear(before)
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(running):
+    yield running
+    if running.process.returncode is not None:
+        await running.start()
+    assert running.tasks() == {}
+    assert running.ctr("containers", "ls", "-q") == ""
+    tasks = running.directory / "s" / "tasks" / NAMESPACE
+    until(lambda: not tasks.exists() or not list(tasks.iterdir()))
+
+
 async def test_a_container_runs_from_create_to_delete(node):
     run = ["run", "--rm", "--runtime", RUNTIME]
-    assert node.ctr(*run, IMAGE, "c", "echo", "hello") == "hello\n"
-    done = node.run(*run, IMAGE, "c", "sh", "-c", "echo out; echo err >&2; exit 42")
+    assert node.ctr(*run, IMAGE, "first", "echo", "hello") == "hello\n"
+    done = node.run(*run, IMAGE, "first", "sh", "-c", "echo out; echo err >&2; exit 42")
     assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 42)
-    assert node.ctr("run", "--rm", "--runtime", PROGRAM, IMAGE, "c", "echo", "path") == "path\n"
+    assert node.ctr("run", "--rm", "--runtime", PROGRAM, IMAGE, "first", "echo", "path") == "path\n"
     topics = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
-    assert await node.topics("c") == topics * 3
+    assert await node.topics("first") == topics * 3
 
 
 async def test_a_shim_that_cannot_start_the_container_leaves_nothing(node):
@@ -131,7 +137,7 @@ async def test_a_runtime_that_is_not_there_is_told(node):
 async def test_the_program_that_shims_publish_by_reaches_the_journal(node):
     program = str(Path(sys.executable).with_name("theseus-containerd"))
     command = [program, "--address", str(node.address), "publish", "--topic", "/tasks/oom"]
-    event = task_pb2.TaskOOM(container_id="c").SerializeToString()
+    event = task_pb2.TaskOOM(container_id="told").SerializeToString()
     message = AnyMessage(type_url="containerd.events.TaskOOM", value=event).SerializeToString()
     for data, namespace, code, words in (
         (message, NAMESPACE, 0, b""),
@@ -147,32 +153,32 @@ async def test_the_program_that_shims_publish_by_reaches_the_journal(node):
         )
         assert done.returncode == code, done.stderr
         assert words in done.stderr
-    assert await node.topics("c") == ["/tasks/oom"]
+    assert await node.topics("told") == ["/tasks/oom"]
 
 
 async def test_a_container_is_looked_at_paused_and_killed(node):
-    pid = node.detached("c", "sleep", "1000")
-    assert node.tasks() == {"c": (pid, "RUNNING")}
-    assert node.ctr("tasks", "exec", "--exec-id", "e", "c", "echo", "inside") == "inside\n"
-    node.ctr("tasks", "exec", "--exec-id", "e", "c", "sh", "-c", "exit 7", code=7)
-    assert node.ctr("tasks", "exec", "--exec-id", "e", "c", "cat", input="typed") == "typed"
-    node.ctr("tasks", "exec", "-d", "--exec-id", "d", "c", "sleep", "1000")
-    assert len(node.ctr("tasks", "ps", "c").splitlines()) == 3
-    node.ctr("tasks", "pause", "c")
-    assert node.tasks()["c"] == (pid, "PAUSED")
-    node.ctr("tasks", "resume", "c")
-    assert "memory.usage_in_bytes" in node.ctr("tasks", "metrics", "c")
-    node.ctr("tasks", "kill", "-s", "KILL", "c")
+    pid = node.detached("looked", "sleep", "1000")
+    assert node.tasks() == {"looked": (pid, "RUNNING")}
+    assert node.ctr("tasks", "exec", "--exec-id", "e", "looked", "echo", "inside") == "inside\n"
+    node.ctr("tasks", "exec", "--exec-id", "e", "looked", "sh", "-c", "exit 7", code=7)
+    assert node.ctr("tasks", "exec", "--exec-id", "e", "looked", "cat", input="typed") == "typed"
+    node.ctr("tasks", "exec", "-d", "--exec-id", "d", "looked", "sleep", "1000")
+    assert len(node.ctr("tasks", "ps", "looked").splitlines()) == 3
+    node.ctr("tasks", "pause", "looked")
+    assert node.tasks()["looked"] == (pid, "PAUSED")
+    node.ctr("tasks", "resume", "looked")
+    assert "memory.usage_in_bytes" in node.ctr("tasks", "metrics", "looked")
+    node.ctr("tasks", "kill", "-s", "KILL", "looked")
     ended(pid)
-    until(lambda: node.tasks()["c"] == (pid, "STOPPED"))
-    assert node.removed("c") == 137
-    topics = await node.topics("c")
+    until(lambda: node.tasks()["looked"] == (pid, "STOPPED"))
+    assert node.removed("looked") == 137
+    topics = await node.topics("looked")
     assert topics.count("/tasks/exec-started") == 4
     assert {"/tasks/paused", "/tasks/resumed"} <= set(topics)
 
 
 async def test_exits_are_known_over_a_kill_of_containerd(node, tmp_path):
-    codes = {"a": 7, "b": 0, "c": 99}
+    codes = {"e1": 7, "e2": 0, "e3": 99}
     mount = ["--mount", f"type=bind,src={tmp_path},dst=/m,options=rbind:rw"]
     script = "until test -e /m/go; do sleep 0.05; done; exit"
     pids = {
