@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import pytest_asyncio
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd.services.containers.v1 import containers_pb2, containers_pb2_grpc
@@ -23,7 +24,7 @@ from tests.fakes.stock_shim import parent_of
 from tests.integration.theseus import ended, until
 from tools import leaks
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.asyncio(loop_scope="module")]
 
 NAMESPACE = "pods"
 RUNTIME = "io.containerd.runc.v2"
@@ -98,16 +99,22 @@ class Node(ContainerdProcess):
         await self.containers.Delete(containers_pb2.DeleteContainerRequest(id=name), **CALL)
 
 
-@pytest.fixture
-async def node():
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def running():
     before = leaks.taken()
-    async with node_directory() as directory, Node(directory) as running, running.stubs():
-        yield running
-        bundles = directory / "s" / "tasks" / NAMESPACE
-        until(lambda: not bundles.exists() or not list(bundles.iterdir()))
-        assert await running.stop() == 0
+    async with node_directory() as directory, Node(directory) as node:
+        yield node
+        assert await node.stop() == 0
     until(lambda: not [trace for trace in leaks.taken().beyond(before) if "processes" in trace])
     leaks.clear(before)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(running):
+    async with running.stubs():
+        yield running
+    bundles = running.directory / "s" / "tasks" / NAMESPACE
+    until(lambda: not bundles.exists() or not list(bundles.iterdir()))
 
 
 async def fails(call, code, *texts):
