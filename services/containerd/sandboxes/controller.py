@@ -8,8 +8,9 @@ told once, to whoever waits for it first.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -55,6 +56,7 @@ NAME = "shim"
 
 _AGAIN_S = 0.05
 _AGAIN_MAX_S = 1.0
+_END_S = 2.0
 
 
 class SandboxController:
@@ -171,6 +173,12 @@ class SandboxController:
                 break
             except (Unavailable, DeadlineExceeded, Cancelled) as error:
                 log.debug("wait is asked again", sandbox=sandbox_id, reason=error.message)
+            except NotFound:
+                # It may have been shut down while the question was on its way again.
+                if known.sandbox_end is None:
+                    raise
+                end = known.sandbox_end
+                break
             await known.change(timeout_s=pause_s)
             pause_s = min(pause_s * 2, _AGAIN_MAX_S)
         if not known.end_told:
@@ -204,7 +212,16 @@ class SandboxController:
             NotFound: there is none.
         """
         known = self._known(namespace, sandbox_id)
-        await (await self._ready(known)).shutdown_sandbox()
+        shim = await self._ready(known)
+        ending = asyncio.ensure_future(shim.wait_sandbox())
+        try:
+            await shim.shutdown_sandbox()
+            with suppress(TheseusError, TimeoutError):  # then nobody can be told
+                async with asyncio.timeout(_END_S):
+                    known.sandbox_end = await ending
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
         await uninterrupted(self._shims.dismiss(known, {}, told=False))
 
     async def metrics(self, namespace: str, sandbox_id: str) -> tuple[int, TypedValue | None]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from services.containerd.tasks.bundle import Bundle
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.tasks.registration import ShimSession
+    from services.containerd.tasks.sandbox import SandboxEnd
     from services.containerd.tasks.shim import ProcessExit, ProcessState, Shim
 
 
@@ -64,6 +65,7 @@ class KnownShim:
         binary: the program of a shim that others wrote; empty: it is ours.
         is_sandbox: it holds a sandbox, and no task of its id.
         end_told: the sandbox' end is in the journal.
+        sandbox_end: how the sandbox ended, once it was shut down.
         inherited: it was there when this containerd started.
         group: whose shims share a process; empty: none.
         process: the shim itself, once known; it may be that of others too.
@@ -84,6 +86,7 @@ class KnownShim:
         self.binary = ""
         self.is_sandbox = False
         self.end_told = False
+        self.sandbox_end: SandboxEnd | None = None
         self.inherited = standing is not Standing.STARTING
         self.group = ""
         self.process: ProcessId | None = None
