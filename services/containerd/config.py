@@ -182,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="theseus-containerd",
         description="Keeps images, snapshots and containers of this machine, and serves "
         "containerd's API on a Unix socket.",
+        epilog="'theseus-containerd check' compares a root that is not in use with its records; "
+        "see 'theseus-containerd check --help'.",
     )
     add = parser.add_argument
     add("--version", action="version", version=f"theseus-containerd {VERSION}")
