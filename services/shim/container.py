@@ -11,7 +11,7 @@ import contextlib
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -30,40 +30,23 @@ from services.shim import cgroups, checkpoint, events, launch
 from services.shim.events import Event
 from services.shim.exits import Exits
 from services.shim.handover import Skeleton, renamed
-from services.shim.keeping import Keeping
 from services.shim.process import Action, Process, Status
-from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from services.common.background import Background
     from services.common.mounts import Mount
     from services.shim.bundle import Bundle
     from services.shim.checkpoint import CheckpointImage
-    from services.shim.events import EventSink
     from services.shim.handover import Outgoing
-    from services.shim.measures import Measures
-    from services.shim.reaper import Reaper
     from services.shim.runtimes.runtime import CheckpointRequest, Runtime, RuntimeOptions
     from services.shim.stdio.uris import Stdio
+    from services.shim.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 
 _EXIT_LIMIT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a container shares with the others of its shim."""
-
-    namespace: str
-    reaper: Reaper
-    events: EventSink
-    metrics: Measures
-    background: Background
-    keeping: Keeping = field(default_factory=lambda: Keeping(None, ""))
 
 
 class Container:
@@ -135,7 +118,7 @@ class Container:
             if self._rootfs:
                 await asyncio.to_thread(self._mount)
                 undo.push_async_callback(_tolerated, self._unmount)
-            self.init.io = await self._open_io(self.init.stdio)
+            self.init.io = await around.open_io(self.id, self.init.stdio)
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
             if self._image is not None:
@@ -391,7 +374,7 @@ class Container:
                 self.init = process
                 self.exits.init_is_gone = process.exit is not None
             if (streams := saved["io"].get(process.exec_id)) is not None:
-                process.io = self._new_io(process.stdio)
+                process.io = self._around.new_io(process.stdio)
                 process.io.unpack(streams, self._around.reaper)
             if process.pid and process.exit is None:
                 self._watch_again(process)
@@ -461,7 +444,7 @@ class Container:
             raise FailedPrecondition(f"container '{self.id}' does not run: its init has ended")
         self.init.check(Action.EXEC)
         async with AsyncExitStack() as undo:
-            process.io = await self._open_io(process.stdio)
+            process.io = await self._around.open_io(self.id, process.stdio)
             undo.push_async_callback(self._discard_io, process)
             process.io.change_owner(self.options.io_uid, self.options.io_gid)
             with self._around.reaper.window() as window:
@@ -483,25 +466,6 @@ class Container:
         process.apply(Action.START)
         self._changed()
         self._emit(topic, {**fields, "pid": process.pid})
-
-    async def _open_io(self, stdio: Stdio) -> ProcessIo:
-        return await open_io(
-            stdio,
-            container_id=self.id,
-            namespace=self._around.namespace,
-            reaper=self._around.reaper,
-            metrics=self._around.metrics,
-            background=self._around.background,
-            release=self._around.keeping.release,
-        )
-
-    def _new_io(self, stdio: Stdio) -> ProcessIo:
-        return ProcessIo(
-            stdio,
-            self._around.metrics,
-            self._around.background,
-            self._around.keeping.release,
-        )
 
     async def _discard_io(self, process: Process) -> None:
         if process.io is not None:

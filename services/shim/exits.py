@@ -28,8 +28,9 @@ from services.shim.process import ExitRecord, Process, Status, exit_fields
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from services.shim.container import Container, Surroundings
+    from services.shim.container import Container
     from services.shim.reaper import Exit
+    from services.shim.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 

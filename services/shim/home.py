@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from services.shim.bundle import Bundle
-    from services.shim.container import Container, Surroundings
+    from services.shim.container import Container
+    from services.shim.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 

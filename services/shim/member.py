@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from services.shim.bundle import Bundle
 from services.shim.clients.registry import RegistryClient
-from services.shim.container import Surroundings
 from services.shim.home import Home
 from services.shim.keeping import Keeping
 from services.shim.legacy import read_legacy
 from services.shim.spool import Spool
+from services.shim.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

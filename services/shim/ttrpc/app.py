@@ -21,11 +21,11 @@ from services.common import log as logs
 from services.common.background import Background
 from services.common.ttrpc.server import TtrpcServer
 from services.shim.bundle import Bundle
-from services.shim.container import Surroundings
 from services.shim.home import Home
 from services.shim.measures import Unmeasured
 from services.shim.reaper import Reaper
 from services.shim.spool import Spool
+from services.shim.surroundings import Surroundings
 from services.shim.tasks import Tasks
 from services.shim.ttrpc import home
 from services.shim.ttrpc.events import EventForwarder

@@ -1,0 +1,53 @@
+"""What the containers of one home share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from services.shim.keeping import Keeping
+from services.shim.stdio.process_io import ProcessIo, open_io
+
+if TYPE_CHECKING:
+    from services.common.background import Background
+    from services.shim.events import EventSink
+    from services.shim.measures import Measures
+    from services.shim.reaper import Reaper
+    from services.shim.stdio.uris import Stdio
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a container shares with the others of its home.
+
+    Attributes:
+        namespace: containerd's.
+        reaper: waits for processes.
+        events: where they are told.
+        metrics: what is counted.
+        background: owns what goes on by itself.
+        keeping: holds descriptors for a successor.
+    """
+
+    namespace: str
+    reaper: Reaper
+    events: EventSink
+    metrics: Measures
+    background: Background
+    keeping: Keeping = field(default_factory=lambda: Keeping(None, ""))
+
+    async def open_io(self, container_id: str, stdio: Stdio) -> ProcessIo:
+        """The streams of a new process, as ``stdio`` asks for them; raises as ``open_io``."""
+        return await open_io(
+            stdio,
+            container_id=container_id,
+            namespace=self.namespace,
+            reaper=self.reaper,
+            metrics=self.metrics,
+            background=self.background,
+            release=self.keeping.release,
+        )
+
+    def new_io(self, stdio: Stdio) -> ProcessIo:
+        """Streams that take over from those of an earlier image."""
+        return ProcessIo(stdio, self.metrics, self.background, self.keeping.release)
