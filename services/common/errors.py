@@ -94,3 +94,7 @@ class DataLoss(TheseusError):
 
 class Internal(TheseusError):
     """A fault of Theseus itself, or of a program that it runs."""
+
+
+class Unknown(Internal):
+    """A program of others failed, and did not say in which of these ways."""

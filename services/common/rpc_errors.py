@@ -39,6 +39,7 @@ _CODES: dict[type[errors.TheseusError], grpc.StatusCode] = {
     errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     errors.DataLoss: grpc.StatusCode.DATA_LOSS,
     errors.Internal: grpc.StatusCode.INTERNAL,
+    errors.Unknown: grpc.StatusCode.UNKNOWN,
 }
 _CLASSES = {code: kind for kind, code in _CODES.items()}
 _BROKEN_WRITE = "Internal error from Core"

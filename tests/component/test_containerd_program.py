@@ -144,7 +144,8 @@ async def test_nothing_that_was_answered_is_lost_in_a_kill(directory: Path) -> N
 
 @pytest.mark.root
 async def test_a_kill_in_a_write_leaves_an_ingest_that_goes_on(directory: Path) -> None:
-    containerd = ContainerdProcess(directory)
+    # Nothing refers to the blob: a collection would be right to take it.
+    containerd = ContainerdProcess(directory, options=("--gc-delay=3600",))
     data = os.urandom(3 << 20)
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     first = content_pb2.WriteContentRequest(

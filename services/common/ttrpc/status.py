@@ -17,6 +17,7 @@ INTERNAL = 13
 
 CODES: dict[type[errors.TheseusError], int] = {
     errors.Cancelled: 1,
+    errors.Unknown: 2,
     errors.InvalidArgument: INVALID_ARGUMENT,
     errors.DeadlineExceeded: DEADLINE_EXCEEDED,
     errors.NotFound: 5,
