@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from services.common.background import Background
+from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -104,10 +105,9 @@ class MemoryMerger:
                 return
 
     async def _burst(self) -> None:
-        found = await asyncio.to_thread(self._begin)
-        if found is None:
-            return
         try:
+            if not await uninterrupted(asyncio.to_thread(self._begin)):
+                return
             first = self._number("full_scans")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_BURST_LIMIT_S):
@@ -121,22 +121,22 @@ class MemoryMerger:
             pages_saved=self._number("pages_sharing"),
         )
 
-    def _begin(self) -> dict[str, str] | None:
-        """Let KSM run if nobody else has a say in it; returns the settings found. Blocks."""
+    def _begin(self) -> bool:
+        """Let KSM run if nobody else has a say in it; returns whether it does. Blocks."""
         if self._read("run") != _STOPPED:
             log.debug("KSM is somebody else's: it runs, or is to unmerge")
-            return None
+            return False
         shims, other = self._mergeable()
         if other:
             log.info("KSM is left off: others have memory to be merged", process=other)
-            return None
+            return False
         if shims < 2:
-            return None
+            return False
         found = {name: self._read(name) for name in (*_FAST, "run")}
         self._saved.write_text(json.dumps(found))
         for name, value in {**_FAST, "run": "1"}.items():
             (self._ksm / name).write_text(value)
-        return found
+        return True
 
     def _restore(self) -> None:
         """Put back what was found before a burst, if there was one."""

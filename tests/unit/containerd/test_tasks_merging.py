@@ -106,9 +106,18 @@ async def test_the_kernel_is_left_alone(kernel: Kernel, why: str) -> None:
     async with merger:
         await asyncio.to_thread(lambda: None)
         if why != "off":
-            assert await asyncio.to_thread(merger._begin) is None
+            assert not await asyncio.to_thread(merger._begin)
         assert kernel.switches() == before
         assert not kernel.saved.exists()
+
+
+async def test_a_kernel_that_does_not_go_along_has_its_switches_back(kernel: Kernel) -> None:
+    (kernel.ksm / "full_scans").unlink()
+    async with kernel.merger(allowed=False) as merger:
+        with pytest.raises(FileNotFoundError):
+            await merger._burst()
+    assert kernel.switches() == FOUND
+    assert not kernel.saved.exists()
 
 
 async def test_a_kernel_without_ksm_is_no_failure(tmp_path: Path) -> None:
