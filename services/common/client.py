@@ -56,7 +56,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Shorter than the retries above go on, so that a call finds a peer that has just come back.
+    ("grpc.max_reconnect_backoff_ms", 250),
     # The peer's address is a path: the name that HTTP/2 wants means nothing.
     ("grpc.default_authority", "localhost"),
     # Each channel has its own connection: one that a dead peer left is never picked up by another.
