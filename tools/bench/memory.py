@@ -29,6 +29,15 @@ def pss_by_tier(engine: Engine) -> dict[str, tuple[int, float]]:
     return found
 
 
+def merges(engine: Engine) -> bool:
+    """Whether an engine lets the kernel merge memory of its processes (KSM)."""
+    for pid in processes(str(engine.place)):
+        with suppress(OSError):  # it ended meanwhile, or the kernel does not tell
+            if "ksm_mergeable: yes" in (_PROC / str(pid) / "ksm_stat").read_text():
+                return True
+    return False
+
+
 def pss_mib(pid: int) -> float:
     """A process's proportional set size (proc_pid_smaps_rollup)."""
     for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():

@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 KSM = Path("/sys/kernel/mm/ksm")
 SHIM_COMM = "theseus-shim"
-_FAST = {"pages_to_scan": "2000", "sleep_millisecs": "20"}
+_FAST = {"pages_to_scan": "5000", "sleep_millisecs": "20"}
 _STOPPED = "0"
 _SCANS = 3  # the first takes notice of a page, the second finds it unchanged, the third merges
 _SETTLING_S = 4.0  # after the last start: shims offer their memory when they are two seconds old
