@@ -82,7 +82,7 @@ MEMORY = Case(
     "Memory",
     "Proportional set size (PSS) of an engine's own processes: what they share with one another "
     "is divided between them. Processes in containers do not count. containerd includes its "
-    "helpers (shim factory, unpackers). One sample each, taken when an engine's memory has not "
-    "become less for 3 s, or 12 s where the kernel merges some of it: Theseus has the kernel merge equal pages of its shims (KSM).",
+    "helpers (shim factory, unpackers). One sample each, taken when it has not become less for "
+    "3 s, or 12 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
     _measure,
 )
