@@ -20,8 +20,8 @@ Tiers = dict[str, tuple[int, float]]
 _LOOK_S = 1.0
 _LESS = 0.98
 _STEADY_S = 3.0
-_MERGED_S = 12.0
-_SETTLING_MAX_S = 60.0
+_MERGED_S = 30.0
+_SETTLING_MAX_S = 120.0
 AXIS = "idle containers"
 SERVERS = ("daemon", "containerd")
 
@@ -42,7 +42,7 @@ async def _measure(bench: Bench) -> None:
 
 
 async def _settled(engine: Engine) -> Tiers:
-    """Memory by tier, once it has not become less for a while, or after a minute."""
+    """Memory by tier, once it has not become less for a while, or after two minutes."""
     lowest = tiers = pss_by_tier(engine)
     since = began = time.monotonic()
     while time.monotonic() - began < _SETTLING_MAX_S:
@@ -83,6 +83,6 @@ MEMORY = Case(
     "Proportional set size (PSS) of an engine's own processes: what they share with one another "
     "is divided between them. Processes in containers do not count. containerd includes its "
     "helpers (shim factory, unpackers). One sample each, taken when it has not become less for "
-    "3 s, or 12 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
+    "3 s, or 30 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
     _measure,
 )
