@@ -20,7 +20,8 @@ Tiers = dict[str, tuple[int, float]]
 _LOOK_S = 1.0
 _LESS = 0.98
 _STEADY_S = 3.0
-_MERGED_S = 30.0
+_MERGED_S = 8.0
+_MERGED_EACH_S = 0.15
 _SETTLING_MAX_S = 120.0
 AXIS = "idle containers"
 SERVERS = ("daemon", "containerd")
@@ -38,15 +39,15 @@ async def _measure(bench: Bench) -> None:
                 for size in bench.scale.crowds:
                     await ships.grow(size)
                     await ships.check()
-                    _weigh(bench, engine, size, await _settled(engine))
+                    _weigh(bench, engine, size, await _settled(engine, size))
 
 
-async def _settled(engine: Engine) -> Tiers:
-    """Memory by tier, once it has not become less for a while, or after two minutes."""
+async def _settled(engine: Engine, size: int) -> Tiers:
+    """Memory by tier with ``size`` containers, once it has not become less for a while, or after two minutes."""
     lowest = tiers = pss_by_tier(engine)
     since = began = time.monotonic()
     while time.monotonic() - began < _SETTLING_MAX_S:
-        steady_s = _MERGED_S if merges(engine) else _STEADY_S
+        steady_s = max(_MERGED_S, size * _MERGED_EACH_S) if merges(engine) else _STEADY_S
         if time.monotonic() - since >= steady_s:
             break
         await asyncio.sleep(_LOOK_S)
@@ -83,6 +84,6 @@ MEMORY = Case(
     "Proportional set size (PSS) of an engine's own processes: what they share with one another "
     "is divided between them. Processes in containers do not count. containerd includes its "
     "helpers (shim factory, unpackers). One sample each, taken when it has not become less for "
-    "3 s, or 30 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
+    "3 s, or 8 to 30 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
     _measure,
 )
