@@ -43,7 +43,7 @@ async def _measure(bench: Bench) -> None:
 
 
 async def _settled(engine: Engine, size: int) -> Tiers:
-    """Memory by tier with ``size`` containers, once it has not become less for a while, or after two minutes."""
+    """Memory by tier with ``size`` containers, once it does not become less any more."""
     lowest = tiers = pss_by_tier(engine)
     since = began = time.monotonic()
     while time.monotonic() - began < _SETTLING_MAX_S:
