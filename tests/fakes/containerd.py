@@ -56,7 +56,7 @@ def config(directory: Path, **changes: object) -> Config:
         root=directory / "root",
         state=directory / "s",
         address=directory / "s" / "c.sock",
-        **{"gc_delay_s": 3600.0, **changes},  # type: ignore[arg-type]
+        **{"gc_delay_s": 3600.0, "merge_memory": False, **changes},  # type: ignore[arg-type]
     )
 
 
