@@ -205,15 +205,21 @@ def run_child(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
 
 async def _wait_and_run(connection: socket.socket, metrics: ShimMetrics, directory: Path) -> None:
     """Become a shim that waits, and then the one that the next request asks for, if one comes."""
+    loop, me = asyncio.get_running_loop(), asyncio.current_task()
+    assert me is not None
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the factory's handler may raise anywhere
+        loop.add_signal_handler(signum, me.cancel)
     server = PreparedServer(directory)
     try:
         await server.listen()
         linux.set_process_name("theseus-waiting")
         connection.setblocking(False)
         reply(connection, {"waiting": os.getpid()})
-        data = await asyncio.get_running_loop().sock_recv(connection, REQUEST_MAX_BYTES + 1)
+        data = await loop.sock_recv(connection, REQUEST_MAX_BYTES + 1)
         if not data:  # nobody wants it any more
             return
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
         config = read_request(data)
         _detach(config)
         await run_shim(
