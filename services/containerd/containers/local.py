@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from dataclasses import replace
@@ -14,7 +13,13 @@ from services.containerd.content.labels import checked_labels
 from services.containerd.filters import map_field, parse
 from services.containerd.identifiers import checked_identifier
 from services.containerd.metadata import containers as rows
-from services.containerd.typed import TypedValue
+from services.containerd.typed import (
+    NO_VALUE,
+    from_columns,
+    from_json,
+    to_columns,
+    to_plain,
+)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
     from services.containerd.events.sink import EventSink
 
 _CHANGEABLE = ("labels", "spec", "extensions", "image", "snapshotkey")
-_NO_VALUE = TypedValue("", b"")
 
 
 class LocalContainerStore:
@@ -161,7 +165,7 @@ def _masked(old: Container, new: Container, fields: Sequence[str]) -> Container:
             labels = {**result.labels, key: new.labels.get(key, "")}
             result = replace(result, labels=labels)
         elif separator and name == "extensions":
-            extensions = {**result.extensions, key: new.extensions.get(key, _NO_VALUE)}
+            extensions = {**result.extensions, key: new.extensions.get(key, NO_VALUE)}
             result = replace(result, extensions=extensions)
         elif path == "labels":
             result = replace(result, labels=new.labels)
@@ -202,7 +206,7 @@ def _checked(container: Container) -> Container:
             "but no snapshotter",
             field="container.snapshotter",
         )
-    extensions = {name: value for name, value in container.extensions.items() if value != _NO_VALUE}
+    extensions = {name: value for name, value in container.extensions.items() if value != NO_VALUE}
     return replace(container, labels=checked_labels(container.labels), extensions=extensions)
 
 
@@ -220,7 +224,6 @@ def _fields(container: Container) -> Callable[[Sequence[str]], str | None]:
 
 
 def _put(tx: sqlite3.Connection, namespace: str, container: Container) -> None:
-    options, spec = container.runtime_options or _NO_VALUE, container.spec or _NO_VALUE
     rows.put(
         tx,
         namespace,
@@ -228,14 +231,11 @@ def _put(tx: sqlite3.Connection, namespace: str, container: Container) -> None:
         labels=container.labels,
         image=container.image,
         runtime_name=container.runtime_name,
-        runtime_options=(options.type_url, options.value),
-        spec=(spec.type_url, spec.value),
+        runtime_options=to_columns(container.runtime_options),
+        spec=to_columns(container.spec),
         snapshotter=container.snapshotter,
         snapshot_key=container.snapshot_key,
-        extensions={
-            name: (value.type_url, base64.b64encode(value.value).decode())
-            for name, value in container.extensions.items()
-        },
+        extensions=to_plain(container.extensions),
         sandbox=container.sandbox,
         created_at_ns=container.created_at_ns,
         updated_at_ns=container.updated_at_ns,
@@ -243,21 +243,16 @@ def _put(tx: sqlite3.Connection, namespace: str, container: Container) -> None:
 
 
 def _from_row(row: sqlite3.Row) -> Container:
-    options = TypedValue(row["runtime_options_type"], row["runtime_options"])
-    spec = TypedValue(row["spec_type"], row["spec"])
     return Container(
         id=row["id"],
         runtime_name=row["runtime_name"],
-        runtime_options=None if options == _NO_VALUE else options,
-        spec=None if spec == _NO_VALUE else spec,
+        runtime_options=from_columns(row["runtime_options_type"], row["runtime_options"]),
+        spec=from_columns(row["spec_type"], row["spec"]),
         image=row["image"],
         snapshotter=row["snapshotter"],
         snapshot_key=row["snapshot_key"],
         labels=json.loads(row["labels"]),
-        extensions={
-            name: TypedValue(type_url, base64.b64decode(value))
-            for name, (type_url, value) in json.loads(row["extensions"]).items()
-        },
+        extensions=from_json(row["extensions"]),
         sandbox=row["sandbox"],
         created_at_ns=row["created_at_ns"],
         updated_at_ns=row["updated_at_ns"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from dataclasses import replace
@@ -14,7 +13,13 @@ from services.containerd.filters import map_field, parse
 from services.containerd.identifiers import checked_identifier
 from services.containerd.metadata import sandboxes as rows
 from services.containerd.sandboxes.store import Sandbox
-from services.containerd.typed import TypedValue
+from services.containerd.typed import (
+    NO_VALUE,
+    from_columns,
+    from_json,
+    to_columns,
+    to_plain,
+)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -23,7 +28,6 @@ if TYPE_CHECKING:
     from services.common.database import Database
 
 _CHANGEABLE = ("labels", "extensions", "spec", "runtime")
-_NO_VALUE = TypedValue("", b"")
 
 
 class LocalSandboxStore:
@@ -111,7 +115,7 @@ def _masked(old: Sandbox, new: Sandbox, fields: Sequence[str]) -> Sandbox:
             labels = {**result.labels, key: new.labels.get(key, "")}
             result = replace(result, labels=labels)
         elif separator and name == "extensions":
-            extensions = {**result.extensions, key: new.extensions.get(key, _NO_VALUE)}
+            extensions = {**result.extensions, key: new.extensions.get(key, NO_VALUE)}
             result = replace(result, extensions=extensions)
         elif path == "runtime":
             result = replace(
@@ -138,7 +142,7 @@ def _checked(sandbox: Sandbox) -> Sandbox:
         raise InvalidArgument(
             f"sandbox {sandbox.id!r} has an extension without a name", field="sandbox.extensions"
         )
-    extensions = {name: value for name, value in sandbox.extensions.items() if value != _NO_VALUE}
+    extensions = {name: value for name, value in sandbox.extensions.items() if value != NO_VALUE}
     return replace(sandbox, labels=checked_labels(sandbox.labels), extensions=extensions)
 
 
@@ -152,19 +156,15 @@ def _fields(sandbox: Sandbox) -> Callable[[Sequence[str]], str | None]:
 
 
 def _put(tx: sqlite3.Connection, namespace: str, sandbox: Sandbox) -> None:
-    options, spec = sandbox.runtime_options or _NO_VALUE, sandbox.spec or _NO_VALUE
     rows.put(
         tx,
         namespace,
         sandbox.id,
         labels=sandbox.labels,
         runtime_name=sandbox.runtime_name,
-        runtime_options=(options.type_url, options.value),
-        spec=(spec.type_url, spec.value),
-        extensions={
-            name: (value.type_url, base64.b64encode(value.value).decode())
-            for name, value in sandbox.extensions.items()
-        },
+        runtime_options=to_columns(sandbox.runtime_options),
+        spec=to_columns(sandbox.spec),
+        extensions=to_plain(sandbox.extensions),
         sandboxer=sandbox.sandboxer,
         created_at_ns=sandbox.created_at_ns,
         updated_at_ns=sandbox.updated_at_ns,
@@ -172,18 +172,13 @@ def _put(tx: sqlite3.Connection, namespace: str, sandbox: Sandbox) -> None:
 
 
 def _from_row(row: sqlite3.Row) -> Sandbox:
-    options = TypedValue(row["runtime_options_type"], row["runtime_options"])
-    spec = TypedValue(row["spec_type"], row["spec"])
     return Sandbox(
         id=row["id"],
         runtime_name=row["runtime_name"],
-        runtime_options=None if options == _NO_VALUE else options,
-        spec=None if spec == _NO_VALUE else spec,
+        runtime_options=from_columns(row["runtime_options_type"], row["runtime_options"]),
+        spec=from_columns(row["spec_type"], row["spec"]),
         labels=json.loads(row["labels"]),
-        extensions={
-            name: TypedValue(type_url, base64.b64decode(value))
-            for name, (type_url, value) in json.loads(row["extensions"]).items()
-        },
+        extensions=from_json(row["extensions"]),
         sandboxer=row["sandboxer"],
         created_at_ns=row["created_at_ns"],
         updated_at_ns=row["updated_at_ns"],
