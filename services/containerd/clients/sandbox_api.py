@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protos.containerd.runtime.sandbox.v1 import sandbox_pb2 as pb
-from protos.containerd.types import mount_pb2
 from services.containerd.clients.task_api import TaskApiClient
 from services.containerd.rpc.encoding import from_any, nanoseconds, to_any
+from services.containerd.rpc.mounts import to_mounts
 from services.containerd.tasks.sandbox import SandboxEnd, SandboxStatus, StartedSandbox
 
 if TYPE_CHECKING:
@@ -32,15 +32,7 @@ class SandboxApiClient(TaskApiClient):
         message = pb.CreateSandboxRequest(
             sandbox_id=self._id,
             bundle_path=request.bundle,
-            rootfs=[
-                mount_pb2.Mount(
-                    type=mount.type,
-                    source=mount.source,
-                    target=mount.target,
-                    options=mount.options,
-                )
-                for mount in request.rootfs
-            ],
+            rootfs=to_mounts(request.rootfs),
             options=to_any(request.options),
             netns_path=request.netns_path,
             annotations=dict(request.annotations),

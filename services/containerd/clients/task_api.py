@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf.empty_pb2 import Empty
 
 from protos.containerd.task.v3 import shim_pb2 as pb
-from protos.containerd.types import mount_pb2
 from services.common.errors import DataLoss
 from services.containerd.rpc.encoding import from_any, nanoseconds, to_any
+from services.containerd.rpc.mounts import to_mounts
 from services.containerd.tasks.shim import (
     CreateTask,
     ProcessExit,
@@ -71,15 +71,7 @@ class TaskApiClient(ABC):
         message = pb.CreateTaskRequest(
             id=self._id,
             bundle=request.bundle,
-            rootfs=[
-                mount_pb2.Mount(
-                    type=mount.type,
-                    source=mount.source,
-                    target=mount.target,
-                    options=mount.options,
-                )
-                for mount in request.rootfs
-            ],
+            rootfs=to_mounts(request.rootfs),
             terminal=request.stdio.terminal,
             stdin=request.stdio.stdin,
             stdout=request.stdio.stdout,
