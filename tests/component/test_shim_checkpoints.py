@@ -12,8 +12,6 @@ from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from protos.containerd.types.task import task_pb2
 from services.common import errors
-from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.runtime import install
 from tests.fakes.shim_harness import FactoryProcess, KeeperProcess, ShimMaker, plain_spec
 
 SLEEP = ("sleep", "1000")
@@ -23,32 +21,6 @@ CRIU = """(00.02) Adjust mmap_min_addr 0x1000 -> 0x10000
 (00.05) files stat: fs/nr_open 1048576
 """
 SAID = r"criu says: vdso: Unexpected rt vDSO area bounds; kerndat_vdso_fill_symtable failed$"
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
-
-
-@pytest.fixture
-async def registry(maker):
-    registry = FakeRegistry(maker.registry_socket)
-    await registry.start()
-    yield registry
-    await registry.stop()
 
 
 async def running(maker, fake, *command):

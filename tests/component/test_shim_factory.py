@@ -17,7 +17,7 @@ from protos.theseus.shim.v1 import control_pb2
 from services.common import errors
 from services.common.linux import process_start_time
 from tests.fakes.eventually import eventually
-from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
+from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, plain_spec
 
 
 @pytest.fixture
@@ -26,12 +26,6 @@ async def factory(tmp_path):
     yield factory
     if factory.process.poll() is None:
         assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
 
 
 async def test_answer_comes_when_the_shim_serves_and_names_it(maker):

@@ -13,25 +13,12 @@ from protos.containerd.types.task import task_pb2
 from services.common import errors
 from tests.fakes.eventually import eventually
 from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
+from tests.fakes.shim_harness import plain_spec
 
 # More than a FIFO and what the shim holds for it take.
 MANY = 500_000
 NUMBERS = b"".join(b"%d\n" % number for number in range(1, MANY + 1))
 COUNT = f"seq 1 {MANY}"
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
+from tests.fakes.shim_harness import ShimMaker, plain_spec
 from tests.fakes.task_machine import Stage, TaskMachine
 
 SETTINGS = settings(
@@ -37,13 +36,6 @@ class FakeStage(Stage):
 
     def create_arguments(self):
         return {"binary": self.fake.path}
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
 
 
 def test_any_order_of_calls_goes_as_the_model_says(factory, tmp_path):

@@ -15,28 +15,9 @@ from services.common import errors
 from services.common.rpc_errors import translated
 from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, RunningShim, ShimMaker, plain_spec
+from tests.fakes.shim_harness import RunningShim, plain_spec
 
 SLEEP = ("sleep", "1000")
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
 
 
 async def host(shim, maker, bundle, **more):

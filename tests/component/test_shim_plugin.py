@@ -13,7 +13,7 @@ import pytest
 from protos.containerd.task.v3 import shim_pb2
 from services.common import errors
 from tests.fakes.runtime import install
-from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
+from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, plain_spec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,12 +50,6 @@ def factory(tmp_path_factory, site, configuration):
         factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
     yield factory
     assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
 
 
 async def test_example_of_the_document_runs_containers(maker):

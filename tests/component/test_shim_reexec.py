@@ -17,38 +17,10 @@ from protos.containerd.types.task import task_pb2
 from protos.theseus.shim.v1 import control_pb2
 from services.common import errors
 from tests.fakes.eventually import eventually
-from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.runtime import install
-from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, ShimMaker, plain_spec
+from tests.fakes.shim_harness import REPOSITORY, plain_spec
 
 STREAM = "theseus-stream:"
 TICKING = 'n=0; while [ ! -e "$STOP" ]; do n=$((n+1)); echo $n; sleep 0.01; done; exit 7'
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
-
-
-@pytest.fixture
-async def registry(maker):
-    registry = FakeRegistry(maker.registry_socket)
-    await registry.start()
-    yield registry
-    await registry.stop()
 
 
 async def shell(maker, fake, script, *, environment=(), **create):

@@ -15,26 +15,7 @@ import pytest
 from tests.fakes import registry_server
 from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
+from tests.fakes.shim_harness import plain_spec
 
 
 def spool(shim):

@@ -12,26 +12,7 @@ from protos.containerd.task.v3 import shim_pb2
 from protos.theseus.shim.v1 import control_pb2, streams_pb2
 from services.common import errors
 from tests.fakes.eventually import eventually
-from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, ShimMaker, plain_spec
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
-
-
-@pytest.fixture
-async def maker(factory, tmp_path):
-    async with ShimMaker(factory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
+from tests.fakes.shim_harness import plain_spec
 
 
 async def shell(maker, fake, script, **create):

@@ -14,15 +14,7 @@ from protos.containerd.task.v3 import shim_pb2
 from services.common import errors
 from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.runtime import install
-from tests.fakes.shim_harness import FactoryProcess, RunningShim, ShimMaker, plain_spec
-
-
-@pytest.fixture(scope="module")
-def factory(tmp_path_factory):
-    factory = FactoryProcess(tmp_path_factory.mktemp("factory"))
-    yield factory
-    assert factory.stop() == 0
+from tests.fakes.shim_harness import RunningShim, ShimMaker, plain_spec
 
 
 class Waiting:
@@ -68,11 +60,6 @@ class Maker(ShimMaker):
 async def maker(factory, tmp_path):
     async with Maker(factory, tmp_path) as maker:
         yield maker
-
-
-@pytest.fixture
-def fake(tmp_path):
-    return install(tmp_path / "fake")
 
 
 async def test_one_that_waited_is_a_shim_like_any_other(maker, fake):
