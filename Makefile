@@ -24,7 +24,10 @@ PLOTS = $(BIN)/python -c 'import matplotlib' 2>/dev/null || \
 help: ## lists the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# Bytecode as pip makes it for an installed package: a tier of a checkout, whose environment may
+# forbid Python to keep what it compiles, would otherwise compile itself at every start.
 setup: $(READY) ## installs what the project needs: Debian packages, and Python packages in .venv
+	@$(BIN)/python -m compileall -q services protos tools tests/fakes
 	@missing="$(MISSING)"; if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" != 0 ]; then \
 			echo "not root: without the Debian packages $$missing some verbs do not work" >&2; \
