@@ -80,6 +80,7 @@ from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import SnapshotIds
 from services.containerd.snapshots.remote import RemoteSnapshotter
 from services.containerd.tasks.bundle import Bundles
+from services.containerd.tasks.cgroup_moves import CgroupMoves
 from services.containerd.tasks.checkpoints import Checkpoints
 from services.containerd.tasks.factory import FactoryClient
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
@@ -125,6 +126,7 @@ class App:
         self._draining = Draining("containerd")
         self._registry = CollectorRegistry()
         self._metrics = ContainerdMetrics(self._registry)
+        self._moves = CgroupMoves()
         self._build_storage()
         self._build_images()
 
@@ -296,6 +298,7 @@ class App:
                 waiting=config.waiting_shims,
             )
         )
+        await stack.enter_async_context(self._moves)
         merger = await stack.enter_async_context(
             MemoryMerger(config.state / "ksm.json", allowed=config.merge_memory)
         )
@@ -323,6 +326,7 @@ class App:
             journal=journal,
             metrics=metrics,
             foreign=ForeignRuntimes(programs, connect_shim, config.runtimes),
+            moving=self._moves.expect,
         )
         return shims, tasks
 
@@ -362,7 +366,7 @@ class App:
         )
         streams = StreamRegister()
         return {
-            "containers": ContainersService(self._containers),
+            "containers": ContainersService(self._containers, self._moves.expect),
             "content": ContentService(self._content),
             "diff": DiffService(self._applier, self._comparer),
             "events": EventsService(self._exchange, ShimEvents(shims, self._exchange)),

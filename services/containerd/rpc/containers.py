@@ -13,17 +13,23 @@ from services.containerd.containers.store import Container
 from services.containerd.rpc.encoding import from_any, nanoseconds, timestamp, to_any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from services.containerd.containers.store import ContainerStore
     from services.containerd.rpc.context import Context
 
 
 class ContainersService(containers_pb2_grpc.ContainersServicer):
-    """Serves a container store."""
+    """Serves a container store.
 
-    def __init__(self, store: ContainerStore) -> None:
+    Args:
+        store: has the records.
+        announced: called when there is to be a record, mostly for a task that follows.
+    """
+
+    def __init__(self, store: ContainerStore, announced: Callable[[], None]) -> None:
         self._store = store
+        self._announced = announced
 
     async def Get(
         self, request: pb.GetContainerRequest, context: Context
@@ -50,6 +56,7 @@ class ContainersService(containers_pb2_grpc.ContainersServicer):
         self, request: pb.CreateContainerRequest, context: Context
     ) -> pb.CreateContainerResponse:
         """See the contract."""
+        self._announced()
         created = await self._store.create(request_namespace(context), from_pb(request.container))
         return pb.CreateContainerResponse(container=to_pb(created))
 

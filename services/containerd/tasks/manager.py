@@ -88,6 +88,7 @@ class TaskManager:
         foreign: finds and starts shims that others wrote.
         journal: for what is said in a dead shim's name.
         metrics: counts.
+        moving: called when a runtime is about to make a process.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TaskManager:
         journal: TaskJournal,
         metrics: TaskMetrics,
         foreign: ForeignRuntimes,
+        moving: Callable[[], None] = lambda: None,
     ) -> None:
         self._containers = containers
         self._shims = shims
@@ -106,6 +108,7 @@ class TaskManager:
         self._foreign = foreign
         self._journal = journal
         self._metrics = metrics
+        self._moving = moving
 
     async def create(self, namespace: str, container_id: str, request: TaskRequest) -> int:
         """Make a container's task: bundle, shim, mounts, init; returns init's pid.
@@ -115,6 +118,7 @@ class TaskManager:
             InvalidArgument: the runtime's name or the spec is of no use.
             AlreadyExists: it has a task.
         """
+        self._moving()
         container = await self._containers.get(namespace, container_id)
         launcher, binary = self.launcher(request.runtime or container.runtime_name)
         if container.spec is None:
@@ -128,6 +132,7 @@ class TaskManager:
             new = _create_request(known, container, request)
             await self._launch(launcher, known, new.options)
             assert known.shim is not None, "a shim that serves can be called"
+            self._moving()
             pid = await known.shim.create(new)
             if binary:
                 init = pid, linux.process_start_time(pid) or 0
@@ -177,6 +182,8 @@ class TaskManager:
 
     async def start(self, namespace: str, container_id: str, exec_id: str = "") -> int:
         """Start a process; returns its pid."""
+        if exec_id:
+            self._moving()
         return await self._ask(namespace, container_id, lambda shim: shim.start(exec_id))
 
     async def get(self, namespace: str, container_id: str, exec_id: str = "") -> ProcessState:
@@ -213,6 +220,7 @@ class TaskManager:
         checked_identifier(exec_id, what="exec id", field="exec_id")
         if spec is None:
             raise InvalidArgument(f"exec '{exec_id}' has no spec", field="spec")
+        self._moving()
         await self._ask(namespace, container_id, lambda shim: shim.exec(exec_id, stdio, spec))
 
     async def resize(
