@@ -272,7 +272,7 @@ class App:
         records = below.store.list_all()
         await self._network.restore([record.id for record in records if record.live])
         await asyncio.to_thread(rootfs.sweep, below.scratch)
-        known = {record.id for record in records}
+        known = {record.id for record in (*records, *below.store.leaving())}
         strangers = await asyncio.to_thread(below.files.sweep, known)
         if strangers:
             log.info("leftover directories removed", directories=strangers)

@@ -12,6 +12,7 @@ from protos.containerd.types.task.task_pb2 import PAUSED as TASK_PAUSED
 from protos.theseus.engine.v1 import containers_pb2 as pb
 from protos.theseus.engine.v1 import images_pb2, system_pb2
 from services.common.rpc_errors import from_rpc_error
+from services.daemon.containers import caretaker
 from tests.fakes.engine import NOTHING, engine
 
 CREATED, RUNNING, EXITED = (
@@ -85,8 +86,9 @@ async def test_removal_leaves_nothing(made):
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "Stop the container before" in refused.value.details()
     await made.remove("one", force=True, volumes=True)
-    assert made.left() == NOTHING
+    assert (made.left()["network"], made.left()["volumes"]) == ([], [])
     assert await made.list_all() == []
+    await made.until(lambda: made.left() == NOTHING)
     # The answer stays known.
     status = await made.wait(identity)
     assert status.code == 137
@@ -98,7 +100,43 @@ async def test_auto_remove_answers_those_who_wait_for_the_removal(made):
     waiting = asyncio.create_task(made.wait("one", REMOVED))
     made.node.world.end(identity, 3)
     assert (await waiting).code == 3
-    assert made.left() == NOTHING
+    await made.until(lambda: made.left() == NOTHING)
+
+
+async def test_a_removal_answers_before_what_nobody_sees_is_gone(made):
+    identity = await made.run("one", network_mode="none")
+    made.node.world.end(identity, 3)
+    await made.wait("one")
+    deleting = made.node.block("Tasks.Delete")
+    await made.remove("one")
+    for reference in ("one", identity, identity[:12]):
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await made.get(reference)
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+    assert await made.list_all() == []
+    assert (await made.wait(identity, REMOVED)).code == 3
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await made.remove(identity)
+    assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+    await made.run("one", network_mode="none")  # its name is free
+    assert identity in made.left()["snapshots"]
+    deleting.set()
+    await made.until(lambda: identity not in made.left()["files"])
+    assert [container.name for container in await made.list_all()] == ["one"]
+
+
+async def test_who_removes_faster_than_can_be_removed_is_held_up(made, monkeypatch):
+    monkeypatch.setattr(caretaker, "_BEHIND_MAX", 1)
+    first, second = await made.create("one"), await made.create("two")
+    removing = made.node.block("Snapshots.Remove")
+    await made.remove("one")
+    waiting = asyncio.create_task(made.remove("two"))
+    await made.node.called("Snapshots.Remove", 2)
+    assert not waiting.done()
+    removing.set()
+    await waiting
+    assert second not in made.left()["snapshots"]
+    await made.until(lambda: first not in made.left()["snapshots"])
 
 
 async def test_next_exit_is_waited_for_before_a_start(made):
@@ -165,7 +203,7 @@ async def test_a_failed_start_of_a_container_made_for_one_run_removes_it(made):
     with pytest.raises(grpc.aio.AioRpcError):
         await made.begin("one")
     assert (await made.wait(identity, REMOVED)).code == 128
-    assert made.left() == NOTHING
+    await made.until(lambda: made.left() == NOTHING)
 
 
 async def test_a_port_in_use_fails_the_start(made):
@@ -326,7 +364,7 @@ async def test_volumes_in_use_are_kept(made):
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     await made.remove("one", volumes=True)  # a named volume stays
     await made.volumes.Remove(system_pb2.RemoveVolumeRequest(name="mine"), timeout=20)
-    assert made.left() == NOTHING
+    await made.until(lambda: made.left() == NOTHING)
 
 
 async def test_version_info_and_metrics(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from contextlib import suppress
 
 import grpc
@@ -14,12 +15,11 @@ from protos.theseus.engine.v1 import containers_pb2 as pb
 from protos.theseus.engine.v1 import system_pb2
 from tests.fakes.engine import NOTHING, engine
 
-CREATED, RUNNING, PAUSED, EXITED, REMOVING = (
+CREATED, RUNNING, PAUSED, EXITED = (
     pb.CONTAINER_STATE_CREATED,
     pb.CONTAINER_STATE_RUNNING,
     pb.CONTAINER_STATE_PAUSED,
     pb.CONTAINER_STATE_EXITED,
-    pb.CONTAINER_STATE_REMOVING,
 )
 REMOVED = pb.WaitContainerRequest.CONDITION_REMOVED
 QUIET = {"network_mode": "none"}
@@ -201,13 +201,40 @@ async def test_a_start_cut_off_before_the_task_is_given_up(made):
 async def test_a_removal_without_containerd_goes_on_when_it_returns(made):
     identity = await made.create("one")
     await made.node.stop()
-    with pytest.raises(grpc.aio.AioRpcError) as failed:
-        await made.remove("one")
-    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert (await made.get("one")).state == REMOVING
+    await made.remove("one")
+    assert await made.list_all() == []
+    assert identity in made.left()["snapshots"]
     await made.node.start()
-    await made.wait(identity, REMOVED)
-    assert made.left() == NOTHING
+    await made.until(lambda: made.left() == NOTHING)
+
+
+async def test_what_is_left_of_a_removed_container_is_removed_after_a_restart(made):
+    identity = await made.create("one")
+    await made.node.stop()
+    await made.remove("one")
+    await made.stop()
+    await made.node.start()
+    await made.start()
+    assert await made.list_all() == []
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await made.get(identity)
+    assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+    await made.create("one")
+    await made.until(lambda: identity not in made.left()["snapshots"])
+
+
+async def test_a_removal_that_the_version_before_has_begun_is_finished(made):
+    identity = await made.create("one")
+    await made.node.stop()
+    await made.stop()
+    with sqlite3.connect(made.config.root / "daemon.db") as db:
+        db.execute("UPDATE containers SET state = 'removing'")
+    db.close()
+    await made.node.start()
+    await made.start()
+    await made.create("one")
+    assert not (await made.wait(identity, REMOVED)).HasField("finished_at")
+    await made.until(lambda: identity not in made.left()["snapshots"])
 
 
 async def test_auto_remove_while_the_daemon_was_down(made):
@@ -216,7 +243,7 @@ async def test_auto_remove_while_the_daemon_was_down(made):
     made.node.world.end(identity, 11)
     await made.start()
     assert (await made.wait(identity, REMOVED)).code == 11
-    assert made.left() == NOTHING
+    await made.until(lambda: made.left() == NOTHING)
 
 
 async def test_a_second_daemon_on_the_same_root_is_refused(made):
@@ -265,7 +292,10 @@ async def test_a_restart_asks_once_about_all_that_run(made):
 
 CREATE_STEPS = [f"create:{step}" for step in ("recorded", "volumes", "furnished", "filled")]
 REMOVE_STEPS = [
-    *(f"remove:{step}" for step in ("recorded", "clean", "snapshot", "volumes", "files")),
+    *(
+        f"remove:{step}"
+        for step in ("recorded", "clean", "snapshot", "network", "volumes", "files")
+    ),
     *(f"clean:{step}" for step in ("network", "task", "record")),
 ]
 START_STEPS = {

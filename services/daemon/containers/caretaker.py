@@ -2,7 +2,7 @@
 
     exited     cleaned up; removed, if it was created to be
     created    cleaned up, after a start that was given up
-    removing   removed to the end; so is what a crash left half created
+    removing   removed to the end, behind the answer; so is what a crash left half created
 
 One task for each container that needs it; a failure is tried again, with growing pauses, and at
 once when containerd comes back.
@@ -30,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 30.0
+_BEHIND_MAX = 32
+_BEHIND_LIMIT_S = 10.0
+_CLOSING_LIMIT_S = 5.0
 
 
 class Caretaker:
@@ -54,7 +57,8 @@ class Caretaker:
         self._cleaner = cleaner
         self._remover = remover
         self._background = background
-        self._tending: set[ContainerId] = set()
+        # The event: it is done, or put off.
+        self._tending: dict[ContainerId, asyncio.Event] = {}
         self._again: set[ContainerId] = set()
         self._retry = asyncio.Event()
         self._grace_s = grace_s
@@ -62,12 +66,17 @@ class Caretaker:
 
     async def returned(self) -> None:
         """The daemon has just started, and nobody can reach it yet: tend to everyone."""
-        for record in self._below.store.list_all():
-            if record.state is State.CREATING:  # its name is free before anybody can ask for it
-                await self._remover.begin(record.id, volumes=True)
-            present = self._below.store.get(record.id)
-            if present is not None and self._needed(present):
+        store = self._below.store
+        for record in store.list_all():
+            # One that was never finished, or that a version before this one was removing: its name
+            # is free before anybody can ask for it.
+            if record.state in (State.CREATING, State.REMOVING):
+                volumes = record.remove_volumes or record.state is State.CREATING
+                await self._remover.begin(record.id, volumes=volumes)
+            elif self._needed(record):
                 self.tend(record.id)
+        for record in store.leaving():
+            self.tend(record.id)
 
     def serving(self) -> None:
         """Clients can reach the daemon: their time to come back begins."""
@@ -83,8 +92,22 @@ class Caretaker:
         if container_id in self._tending:
             self._again.add(container_id)
             return
-        self._tending.add(container_id)
+        self._tending[container_id] = asyncio.Event()
         self._background.start(self._tend(container_id), name=f"tend-{container_id[:12]}")
+
+    async def finish_behind(self, container_id: ContainerId) -> None:
+        """Finish a removal in the background; waits for it only when too many are under way.
+
+        So whoever removes faster than can be removed is held up, within a limit.
+        """
+        self.tend(container_id)
+        if len(self._tending) > _BEHIND_MAX:
+            await _all([self._tending[container_id]], timeout_s=_BEHIND_LIMIT_S)
+
+    async def close(self) -> None:
+        """Let removals that are under way come to their end, for a while."""
+        leaving = (self._tending.get(record.id) for record in self._below.store.leaving())
+        await _all([event for event in leaving if event], timeout_s=_CLOSING_LIMIT_S)
 
     async def _tend(self, container_id: ContainerId) -> None:
         try:
@@ -94,7 +117,7 @@ class Caretaker:
                 if container_id not in self._again:
                     return
         finally:
-            self._tending.discard(container_id)
+            self._tending.pop(container_id).set()
             self._again.discard(container_id)
 
     async def _until_done(self, container_id: ContainerId) -> None:
@@ -112,6 +135,7 @@ class Caretaker:
                 log.warning("clean-up failed", container_id=container_id, error=error.message)
             except Exception as error:  # a full disk, a fault of ours: nobody else would go on
                 log.error("clean-up broke", container_id=container_id, exc_info=error)
+            self._tending[container_id].set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._retry.wait()
@@ -145,8 +169,11 @@ class Caretaker:
     def _needed(record: ContainerRecord) -> bool:
         if record.live:
             return False
-        return (
-            record.unclean
-            or record.state is State.REMOVING
-            or (record.state is State.EXITED and record.config.auto_remove)
-        )
+        return record.unclean or (record.state is State.EXITED and record.config.auto_remove)
+
+
+async def _all(events: list[asyncio.Event], *, timeout_s: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            for event in events:
+                await event.wait()

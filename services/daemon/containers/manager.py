@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import NotFound, TheseusError
+from services.common.errors import NotFound
 from services.daemon.containers.outliving import OutlivingWork
 from services.daemon.containers.record import State
 from services.daemon.containers.signals import parse_signal
@@ -82,6 +82,8 @@ class ContainerManager:
     async def remove(self, reference: str, *, force: bool = False, volumes: bool = False) -> str:
         """Remove a container; returns its id.
 
+        It is gone when this returns; files that nobody can see go in the background.
+
         Raises:
             NotFound: there is no such container.
             FailedPrecondition: it runs, and ``force`` is not set.
@@ -108,12 +110,7 @@ class ContainerManager:
 
     def list_all(self, *, stopped: bool) -> list[ContainerRecord]:
         """Containers, newest first: all of them, or those that run."""
-        # One that is named by its id was never finished: nobody was told of it.
-        shown = (
-            record
-            for record in self._below.store.list_all()
-            if record.state is not State.CREATING and record.name != record.id
-        )
+        shown = (r for r in self._below.store.list_all() if r.state is not State.CREATING)
         live = (State.RUNNING, State.PAUSED)
         return [record for record in shown if stopped or record.state in live]
 
@@ -129,17 +126,22 @@ class ContainerManager:
         """Let what has begun come to its end, for a while."""
         await self._uninterrupted.close(timeout_s)
         await self._remover.close()
+        await self._caretaker.close()
 
     async def _remove(self, container_id: ContainerId, *, volumes: bool) -> None:
-        async with self._below.locks.hold(container_id):
-            try:
-                record = await self._remover.begin(container_id, volumes=volumes)
-            except NotFound:
-                if self._below.store.tombstone(container_id) is None:
-                    raise
-                return  # made to be removed at its end, and that was quicker
-            try:
-                await self._remover.finish(record)
-            except TheseusError:
-                self._caretaker.tend(container_id)  # it goes on in the background
+        present = self._below.store.get(container_id)
+        if present is not None and present.state is State.CREATING:
+            async with self._below.locks.hold(container_id):  # until it is made, or undone
+                pass
+        try:
+            record = await self._remover.begin(container_id, volumes=volumes)
+        except NotFound:
+            if self._below.store.tombstone(container_id) is None:
                 raise
+            return  # made to be removed at its end, and that was quicker
+        try:
+            if record.endpoints or record.ports or record.mounts:
+                async with self._below.locks.hold(container_id):
+                    await self._remover.withdraw(record)
+        finally:
+            await self._caretaker.finish_behind(container_id)

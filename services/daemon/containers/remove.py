@@ -1,8 +1,12 @@
 """Removing a container: steps that can be repeated, and are resumed after a crash.
 
-    recorded (removing) · cleaned up · snapshot · volumes · files · record (tombstone kept)
+    recorded (removing, tombstone) · network · volumes ── answered
+    · cleaned up · snapshot · files · record
 
-The record goes last, so whatever is left of a container always has a record that says what to do.
+With the first step the container is gone for users, and its name is free: a restart finishes what
+is left. What a user could still notice of it (an address, a port, a volume) goes before the answer,
+the rest behind it. The record goes last, so whatever is left of a container always has a record
+that says what to do.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 
 class Remover:
-    """Removes containers. The caller holds the container's operation lock.
+    """Removes containers. For all but :meth:`begin` the caller holds the operation lock.
 
     Args:
         below: what containers are made of.
@@ -45,46 +49,59 @@ class Remover:
     async def begin(self, container_id: ContainerId, *, volumes: bool) -> ContainerRecord:
         """Record that the container is to go; from here on there is no way back.
 
+        Whether it may be is decided inside the transaction: no lock is needed.
+
         Raises:
+            NotFound: it has gone.
             FailedPrecondition: it runs.
         """
 
         def mark(present: ContainerRecord) -> ContainerRecord | None:
-            if present.state is State.REMOVING:
-                return None
+            if present.state is State.REMOVING:  # by a version that kept the name until the end
+                return dataclasses.replace(present, name=present.id)
             if present.live:
                 raise FailedPrecondition(
                     f"You cannot remove a {present.state} container {present.id}. Stop the "
                     "container before attempting removal or force remove",
                     resource=("container", present.id),
                 )
-            # A name that was never told to anybody is free at once.
-            name = present.id if present.state is State.CREATING else present.name
             state = after(present, Action.REMOVE)
-            return dataclasses.replace(present, state=state, name=name, remove_volumes=volumes)
+            return dataclasses.replace(
+                present, state=state, name=present.id, remove_volumes=volumes
+            )
 
-        record = await self._below.store.change(container_id, mark)
+        record = await self._below.store.retire(container_id, mark)
         self._below.trace("remove:recorded")
         return record
 
+    async def withdraw(self, record: ContainerRecord) -> None:
+        """Take away what users could still notice of a container whose removal has begun.
+
+        Raises:
+            TheseusError: a volume cannot be removed.
+        """
+        await self._cleaner.release_network(record.id)
+        self._below.trace("remove:network")
+        await self._remove_volumes(record)
+        self._below.trace("remove:volumes")
+
     async def finish(self, record: ContainerRecord) -> None:
-        """Do all steps.
+        """Do all steps that follow the first.
 
         Raises:
             TheseusError: a step failed: the container stays in state ``removing``.
         """
         below = self._below
+        await self.withdraw(record)
         await self._cleaner.clean(record.id)
         below.trace("remove:clean")
         await below.snapshots.remove(record.id)
         below.trace("remove:snapshot")
-        await self._remove_volumes(record)
-        below.trace("remove:volumes")
         await asyncio.to_thread(below.files.remove, record.id)
         below.trace("remove:files")
         await below.store.bury(record.id)
         below.execs.forget_removed(record.id)
-        log.info("container removed", container_id=record.id, name=record.name)
+        log.info("container removed", container_id=record.id)
 
     async def undo_create(self, record: ContainerRecord) -> None:
         """Take away a container whose creation failed, even if the caller is cancelled again."""

@@ -4,6 +4,10 @@ A change is a plain function from a record to the next one, applied to the row i
 transaction, so that changes from a call and from containerd's journal never overwrite one another.
 Memory follows the disk: it shows a record only after its commit. Whoever waits for a change waits
 here.
+
+A container whose removal has begun is gone for users: its tombstone answers those who wait for it.
+The record stays until nothing is left of it, for those who see to that (:meth:`ContainerStore.get`,
+:meth:`ContainerStore.leaving`).
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class ContainerStore:
         self._db = db
         self._commits = OutlivingWork()
         self._records: dict[ContainerId, ContainerRecord] = {}
+        self._leaving: dict[ContainerId, ContainerRecord] = {}
         self._by_name: dict[str, str] = {}
         self._tombstones: dict[ContainerId, Tombstone] = {}
         self._waiters: dict[ContainerId, set[asyncio.Event]] = {}
@@ -52,11 +57,15 @@ class ContainerStore:
         """Read everything; call once, first."""
         before_ns = time.time_ns() - TOMBSTONE_NS
         await self._db.write(lambda tx: rows.delete_tombstones(tx, before_ns=before_ns))
-        for row in await self._db.read(rows.list_all):
-            self._publish(codec.container_record(row))
         for tombstone_row in await self._db.read(rows.list_tombstones):
             tombstone = codec.tombstone(tombstone_row)
             self._tombstones[tombstone.id] = tombstone
+        for row in await self._db.read(rows.list_all):
+            record = codec.container_record(row)
+            if record.id in self._tombstones:
+                self._leaving[record.id] = record
+            else:
+                self._publish(record)
 
     def find(self, reference: str) -> ContainerRecord:
         """The container that a user calls so: id, name, or unique prefix of the id.
@@ -79,8 +88,8 @@ class ContainerStore:
         return None
 
     def get(self, container_id: ContainerId) -> ContainerRecord | None:
-        """The record of an id, or None."""
-        return self._records.get(container_id)
+        """The record of an id, or None; of a container that is being removed, too."""
+        return self._records.get(container_id) or self._leaving.get(container_id)
 
     def require(self, container_id: ContainerId) -> ContainerRecord:
         """The record of an id.
@@ -102,6 +111,10 @@ class ContainerStore:
     def list_all(self) -> list[ContainerRecord]:
         """All containers, newest first."""
         return sorted(self._records.values(), key=lambda record: -record.created_at_ns)
+
+    def leaving(self) -> list[ContainerRecord]:
+        """The containers of whose removal something is left to do."""
+        return list(self._leaving.values())
 
     def users_of(self, image_id: ImageId) -> list[ImageUser]:
         """The containers that were made from an image."""
@@ -185,26 +198,47 @@ class ContainerStore:
         rows.update(tx, codec.container_row(following))
         return following
 
-    async def bury(self, container_id: ContainerId) -> None:
-        """Forget a container, the last step of its removal, and keep its tombstone."""
+    async def retire(
+        self,
+        container_id: ContainerId,
+        change: Callable[[ContainerRecord], ContainerRecord | None],
+    ) -> ContainerRecord:
+        """As :meth:`change`, to the state of removal; for users there is the tombstone from now on.
 
-        def forget(tx: Transaction) -> Tombstone | None:
+        One transaction: after a crash the container is there as before, or it is gone for users
+        and its removal goes on.
+        """
+
+        def apply(tx: Transaction) -> tuple[ContainerRecord, Tombstone | None]:
             row = rows.get(tx, container_id)
-            if row is None:
-                return None
-            record = codec.container_record(row)
-            now_ns = time.time_ns()
-            tombstone = Tombstone(record.id, record.name, record.exit, now_ns)
+            retired = self.change_in(tx, container_id, change)
+            if row is None or retired is None:
+                raise NotFound(
+                    f"No such container: {container_id}", resource=("container", container_id)
+                )
+            if rows.has_tombstone(tx, container_id):
+                return retired, None
+            tombstone = Tombstone(container_id, row.name, retired.exit, time.time_ns())
             rows.put_tombstone(tx, codec.tombstone_row(tombstone))
-            rows.delete_tombstones(tx, before_ns=now_ns - TOMBSTONE_NS)
-            rows.delete(tx, container_id)
-            return tombstone
+            rows.delete_tombstones(tx, before_ns=tombstone.removed_at_ns - TOMBSTONE_NS)
+            return retired, tombstone
 
-        def show(tombstone: Tombstone | None) -> None:
+        def show(applied: tuple[ContainerRecord, Tombstone | None]) -> None:
+            retired, tombstone = applied
             if tombstone is not None:
+                self._leaving[container_id] = retired
                 self._unpublish(tombstone)
 
-        await self._commit(forget, show)
+        retired, _ = await self._commit(apply, show)
+        return retired
+
+    async def bury(self, container_id: ContainerId) -> None:
+        """Forget a container that is retired, the last step of its removal."""
+
+        def show(_: None) -> None:
+            self._leaving.pop(container_id, None)
+
+        await self._commit(lambda tx: rows.delete(tx, container_id), show)
 
     def publish(self, record: ContainerRecord) -> None:
         """Show a record that was committed; an older revision than the one shown is ignored."""
@@ -250,6 +284,9 @@ class ContainerStore:
         return await self._commits.run(work(), name="container-commit")
 
     def _publish(self, record: ContainerRecord) -> None:
+        if record.id in self._leaving:
+            self._leaving[record.id] = record
+            return
         present = self._records.get(record.id)
         if record.id in self._tombstones or (
             present is not None and present.revision > record.revision

@@ -151,6 +151,12 @@ def put_tombstone(tx: sqlite3.Connection, row: TombstoneRow) -> None:
     )
 
 
+def has_tombstone(tx: sqlite3.Connection, container_id: str) -> bool:
+    """Whether something is kept of a removed container."""
+    found = tx.execute("SELECT 1 FROM tombstones WHERE id = ?", (container_id,)).fetchone()
+    return found is not None
+
+
 def list_tombstones(tx: sqlite3.Connection) -> list[TombstoneRow]:
     """All tombstones, oldest first."""
     return [

@@ -33,6 +33,7 @@ class _ContainerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Contai
     CONTAINER_STATE_PAUSED: _ContainerState.ValueType  # 3
     CONTAINER_STATE_EXITED: _ContainerState.ValueType  # 4
     CONTAINER_STATE_REMOVING: _ContainerState.ValueType  # 5
+    """Its removal has begun. Not told any more: such a container is gone from answers."""
 
 class ContainerState(_ContainerState, metaclass=_ContainerStateEnumTypeWrapper): ...
 
@@ -42,6 +43,7 @@ CONTAINER_STATE_RUNNING: ContainerState.ValueType  # 2
 CONTAINER_STATE_PAUSED: ContainerState.ValueType  # 3
 CONTAINER_STATE_EXITED: ContainerState.ValueType  # 4
 CONTAINER_STATE_REMOVING: ContainerState.ValueType  # 5
+"""Its removal has begun. Not told any more: such a container is gone from answers."""
 Global___ContainerState: _TypeAlias = ContainerState  # noqa: Y015
 
 class _StreamKind:

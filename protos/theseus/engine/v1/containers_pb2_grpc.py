@@ -126,7 +126,9 @@ class ContainersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """Removes a container with its file system, log and anonymous volumes.
+        """Removes a container with its file system, log and anonymous volumes. When this answers it is gone
+        from every other answer, its name, address and ports are free and its volumes as asked for; files
+        that nobody can see any more go in the background, over restarts of the engine if need be.
         FAILED_PRECONDITION when it runs, unless forced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

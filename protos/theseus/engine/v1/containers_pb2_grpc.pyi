@@ -33,7 +33,9 @@ class ContainersStub:
     Kill: _aio.UnaryUnaryMultiCallable[_containers_pb2.KillContainerRequest, _containers_pb2.KillContainerResponse]
     """Sends a signal to the init process. FAILED_PRECONDITION when it is not running."""
     Remove: _aio.UnaryUnaryMultiCallable[_containers_pb2.RemoveContainerRequest, _containers_pb2.RemoveContainerResponse]
-    """Removes a container with its file system, log and anonymous volumes.
+    """Removes a container with its file system, log and anonymous volumes. When this answers it is gone
+    from every other answer, its name, address and ports are free and its volumes as asked for; files
+    that nobody can see any more go in the background, over restarts of the engine if need be.
     FAILED_PRECONDITION when it runs, unless forced.
     """
     Wait: _aio.UnaryUnaryMultiCallable[_containers_pb2.WaitContainerRequest, _containers_pb2.WaitContainerResponse]
@@ -102,7 +104,9 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         request: _containers_pb2.RemoveContainerRequest,
         context: _aio.ServicerContext[_containers_pb2.RemoveContainerRequest, _abc.Awaitable[_containers_pb2.RemoveContainerResponse]],
     ) -> _abc.Awaitable[_containers_pb2.RemoveContainerResponse]:
-        """Removes a container with its file system, log and anonymous volumes.
+        """Removes a container with its file system, log and anonymous volumes. When this answers it is gone
+        from every other answer, its name, address and ports are free and its volumes as asked for; files
+        that nobody can see any more go in the background, over restarts of the engine if need be.
         FAILED_PRECONDITION when it runs, unless forced.
         """
 
