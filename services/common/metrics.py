@@ -46,14 +46,26 @@ class ServerMetrics:
             registry=registry,
         )
 
+        # A look into the library's table of labels takes a lock, and longer than what it is for.
+        self._begins: dict[CallLabels, Counter] = {}
+        self._ends: dict[tuple[CallLabels, str], tuple[Counter, Histogram]] = {}
+
     def begin(self, labels: CallLabels) -> None:
         """Count the start of a call."""
-        self.started.labels(*labels).inc()
+        started = self._begins.get(labels)
+        if started is None:
+            started = self._begins[labels] = self.started.labels(*labels)
+        started.inc()
 
     def end(self, labels: CallLabels, code: str, took_s: float) -> None:
         """Count the end of a call."""
-        self.handled.labels(*labels, code).inc()
-        self.handling.labels(*labels).observe(took_s)
+        found = self._ends.get((labels, code))
+        if found is None:
+            found = self.handled.labels(*labels, code), self.handling.labels(*labels)
+            self._ends[labels, code] = found
+        handled, handling = found
+        handled.inc()
+        handling.observe(took_s)
 
 
 class MetricsEndpoint:

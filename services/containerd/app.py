@@ -59,7 +59,7 @@ from services.containerd.rpc.events import EventsService, event_field
 from services.containerd.rpc.images import ImagesService
 from services.containerd.rpc.introspection import IntrospectionService
 from services.containerd.rpc.journal import JournalService
-from services.containerd.rpc.leases import LeaseInterceptor, LeasesService
+from services.containerd.rpc.leases import LeasesService, bind_lease
 from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.sandboxes import SandboxControllerService, SandboxStoreService
@@ -338,7 +338,7 @@ class App:
             socket=config.address,
             services=services(self._servicers(shims, tasks, identity).items()),
             metrics=ServerMetrics(self._registry),
-            interceptors=[LeaseInterceptor()],
+            bind=bind_lease,
         )
         await server.start()
         stack.push_async_callback(server.stop, config.drain_s)

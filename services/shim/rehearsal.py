@@ -159,7 +159,7 @@ class _Stage:
 
     def __init__(self) -> None:
         self._interceptors: Sequence[Any] = ()
-        self._handlers: dict[str, tuple[str, Any]] = {}
+        self._methods: dict[str, tuple[str, Any]] = {}
         self._socket = socket.socket(socket.AF_UNIX)
 
     def server(self, *, interceptors: Sequence[Any], options: object) -> _Stage:
@@ -167,12 +167,10 @@ class _Stage:
         self._interceptors = interceptors
         return self
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        for name, handler in handlers.items():
-            self._handlers[name] = f"/{service}/{name}", handler
-
-    def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """These are the same, once more."""
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        (methods,) = handlers
+        for method in methods:
+            self._methods[method.rpartition("/")[2]] = method, methods
 
     def add_insecure_port(self, address: str) -> int:
         self._socket.bind(address.removeprefix("unix:"))
@@ -187,9 +185,9 @@ class _Stage:
 
     async def call(self, name: str, request: Message) -> Any:
         """Call the handler of a method the way that gRPC does, messages packed and unpacked."""
-        method, handler = self._handlers[name]
+        method, methods = self._methods[name]
         details = _Details(method)
-        found = await self._handler(0, details, handler)
+        found = await self._handler(0, details, methods.service(details))
         answer = await found.unary_unary(
             found.request_deserializer(request.SerializeToString()), _Context()
         )

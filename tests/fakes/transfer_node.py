@@ -28,7 +28,7 @@ from services.containerd.remotes.http import HttpLimits
 from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.remotes.retry import RetryPolicy
 from services.containerd.rpc.content import ContentService
-from services.containerd.rpc.leases import LeaseInterceptor
+from services.containerd.rpc.leases import bind_lease
 from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.transfer import TransferService
 from services.containerd.snapshots.snapshotter import Kind, SnapshotInfo
@@ -176,7 +176,7 @@ class TransferNode:
             ],
             metrics=ServerMetrics(CollectorRegistry()),
             reflection=False,
-            interceptors=[LeaseInterceptor()],
+            bind=bind_lease,
         )
         await server.start()
         self.servers.append(server)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import grpc
 from google.protobuf.empty_pb2 import Empty
 
 from protos.containerd.services.leases.v1 import leases_pb2 as pb
@@ -16,6 +15,7 @@ from services.containerd.rpc.encoding import timestamp
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from services.common.server import Metadata
     from services.containerd.leases.lease import Leases
     from services.containerd.rpc.context import Context
 
@@ -24,17 +24,13 @@ LEASE_KEY = "containerd-lease"
 """gRPC metadata key of the lease that what a request makes belongs to, as upstream has it."""
 
 
-class LeaseInterceptor(grpc.aio.ServerInterceptor):
-    """Makes the lease that a request names the current one of its handler."""
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Set the context variable: the handler runs in the same context."""
-        lease = ""
-        for key, value in handler_call_details.invocation_metadata or ():
-            if key == LEASE_KEY:
-                lease = value
-        current_lease.set(lease)
-        return await continuation(handler_call_details)
+def bind_lease(metadata: Metadata) -> None:
+    """Make the lease that a request names the current one of its handler."""
+    lease = ""
+    for key, value in metadata:
+        if key == LEASE_KEY and isinstance(value, str):
+            lease = value
+    current_lease.set(lease)
 
 
 class LeasesService(leases_pb2_grpc.LeasesServicer):

@@ -56,9 +56,7 @@ def add_streams_to_server(servicer: StreamsService, server: Any) -> None:
     handler: Any = grpc.stream_stream_rpc_method_handler(
         servicer.Attach, request_deserializer=None, response_serializer=None
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(SERVICE, {"Attach": handler}),)
-    )
+    server.add_registered_method_handlers(SERVICE, {"Attach": handler})
 
 
 def _container(first: bytes | None) -> str:

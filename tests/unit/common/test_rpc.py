@@ -2,6 +2,7 @@
 
 import asyncio
 import stat
+from contextvars import ContextVar
 
 import grpc
 import pytest
@@ -189,6 +190,59 @@ async def test_health_is_served_and_the_socket_is_private(server):
             health_pb2.HealthCheckRequest(service="theseus.journal.v1.Journal"), timeout=10
         )
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_call_that_nobody_serves_is_unimplemented_and_not_counted(server):
+    socket, _, metrics = server
+    async with connect(socket) as channel:
+        method = channel.unary_unary("/containerd.services.namespaces.v1.Namespaces/Rename")
+        with pytest.raises(errors.Unimplemented), translated():
+            await method(b"", timeout=10)
+    assert b"Rename" not in generate_latest(metrics.registry)
+
+
+async def test_what_a_tier_binds_is_the_handlers_and_no_other_calls(tmp_path):
+    lease = ContextVar("lease", default="none")
+
+    class Telling(Namespaces):
+        async def List(self, request, context):
+            return namespace_pb2.ListNamespacesResponse(
+                namespaces=[namespace_pb2.Namespace(name=lease.get())]
+            )
+
+    def bind(metadata):
+        for key, value in metadata:
+            if key == "lease":
+                lease.set(value)
+
+    rpc = RpcServer(
+        tier="test",
+        socket=tmp_path / "t.sock",
+        metrics=ServerMetrics(CollectorRegistry()),
+        services=[
+            Service(
+                namespace_pb2_grpc.add_NamespacesServicer_to_server,
+                Telling(),
+                namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
+            )
+        ],
+        bind=bind,
+    )
+    await rpc.start()
+    told = []
+    async with connect(tmp_path / "t.sock") as channel:
+        stub = namespace_pb2_grpc.NamespacesStub(channel)
+        for metadata in ((("lease", "mine"),), ()):
+            request = namespace_pb2.ListNamespacesRequest()
+            reply = await stub.List(request, metadata=metadata, timeout=10)
+            told.append(reply.namespaces[0].name)
+    await rpc.stop(0)
+    assert told == ["mine", "none"]
+
+
+async def test_a_server_waits_for_one_call_at_a_time_whatever_its_methods(server):
+    waiting = [task for task in asyncio.all_tasks() if "_request_" in repr(task)]
+    assert len(waiting) == 1
 
 
 async def test_health_can_be_watched(server):
