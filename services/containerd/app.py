@@ -3,7 +3,8 @@
 Order of a start: the lock on the root, the database, a quick check if the run before it did not end
 by itself, what a crash left in the content store, the shims of the state directory, then the
 socket. From then on the API answers; what else has to be put right (snapshots' directories,
-garbage, shims that have not registered yet) happens behind it. A stop is the reverse: readers of
+garbage, shims that have not registered yet) happens behind it, and the factory of new shims comes
+up once those that run are back. A stop is the reverse: readers of
 events and shims are told to come back, calls under way get their time, the database is closed, the
 lock goes.
 """
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_RETURN_S = 2.0
 _LOCAL_SNAPSHOTTERS = (OverlaySnapshotter, NativeSnapshotter)
 
 
@@ -262,13 +264,14 @@ class App:
             await snapshotter.open()
         await stack.enter_async_context(self._workers)
         await stack.enter_async_context(self._registries)
-        shims, tasks = await self._start_tasks(stack, epoch)
+        shims, tasks, factory = await self._start_tasks(stack, epoch)
         events = ShimEvents(shims, self._exchange)
         await stack.enter_async_context(
             ShimEventsServer(config.address.with_name(f"{config.address.name}.ttrpc"), events)
         )
         background = await stack.enter_async_context(Background())
         await self._serve(stack, shims, tasks)
+        background.start(_begin_later(factory, shims), name="start of the shim factory")
         background.start(self._gc.run(), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
         background.start(self._reserve.keep(), name="reserve on the disk")
@@ -278,7 +281,7 @@ class App:
 
     async def _start_tasks(
         self, stack: AsyncExitStack, epoch: int
-    ) -> tuple[ShimManager, TaskManager]:
+    ) -> tuple[ShimManager, TaskManager, FactoryClient]:
         config = self._config
         metrics = TaskMetrics(self._registry)
         journal = TaskJournal(self._db, self._journal, ShimEventCodec())
@@ -296,6 +299,7 @@ class App:
                 keeper=keeper.path,
                 places=config.state / "w",
                 waiting=config.waiting_shims,
+                at_once=False,
             )
         )
         await stack.enter_async_context(self._moves)
@@ -328,7 +332,7 @@ class App:
             foreign=ForeignRuntimes(programs, connect_shim, config.runtimes),
             moving=self._moves.expect,
         )
-        return shims, tasks
+        return shims, tasks, factory
 
     async def _serve(self, stack: AsyncExitStack, shims: ShimManager, tasks: TaskManager) -> None:
         config = self._config
@@ -410,3 +414,9 @@ class App:
                 await snapshotter.cleanup()
             except TheseusError as error:  # a service that is not there: the collector tries again
                 log.warning("not cleaned up", snapshotter=snapshotter.name, reason=error.message)
+
+
+async def _begin_later(factory: FactoryClient, shims: ShimManager) -> None:
+    """Start the factory when the shims are back, which need the processor for that."""
+    await shims.returned(_RETURN_S)
+    factory.begin()

@@ -103,6 +103,24 @@ async def test_a_restarted_containerd_finds_its_shims_and_what_happened_meanwhil
     )
 
 
+async def test_a_start_can_tell_when_all_shims_are_back(node: TaskNode) -> None:
+    shims = [await node.running(f"c{index}") for index in range(3)]
+    await node.stop()
+    await node.start()
+    await node.shims.returned(10.0)
+    assert [node.shims.get(NS, shim.id).standing for shim in shims] == [Standing.REGISTERED] * 3
+
+
+async def test_a_shim_that_does_not_come_back_is_not_waited_for_without_end(
+    node: TaskNode,
+) -> None:
+    shim = await node.running("c1")
+    await node.stop()
+    await shim.stop_registering()
+    await node.start()
+    await node.shims.returned(0.01)
+
+
 async def test_an_event_whose_acknowledgement_was_lost_is_journaled_once(node: TaskNode) -> None:
     shim = await node.running("c1")
     shim.ignore_acks = True

@@ -1,9 +1,10 @@
 """The client's side of the shim factory: a program of its own that forks shims on request.
 
-The factory is ours: it is started with containerd, started again when it dies, and ends when the
-pipe that is its standard input closes, which happens also when containerd is killed. Shims do not
-notice. One connection carries one request and one reply; the reply comes from the shim itself,
-once it serves, so that the factory may die in between.
+The factory is ours: it is started with containerd, or a little later, since its start takes a
+processor for half a second. It is started again when it dies, and ends when the pipe that is its
+standard input closes, which happens also when containerd is killed. Shims do not notice. One
+connection carries one request and one reply; the reply comes from the shim itself, once it serves,
+so that the factory may die in between.
 
     containerd ──connect, request──▶ factory ──fork──▶ shim ──reply──▶ containerd
 """
@@ -75,6 +76,7 @@ class FactoryClient:
         keeper: where the keeper of descriptors listens, for shims; None for none.
         places: directory of the sockets of shims that wait; None: that of ``socket``.
         waiting: how many shims wait ready.
+        at_once: whether the program is started at the beginning, and not by :meth:`begin`.
     """
 
     def __init__(
@@ -88,7 +90,11 @@ class FactoryClient:
         keeper: Path | None = None,
         places: Path | None = None,
         waiting: int = 0,
+        at_once: bool = True,
     ) -> None:
+        self._wanted = asyncio.Event()
+        if at_once:
+            self._wanted.set()
         self._keeper = keeper
         self._program = (*program, "factory", "--socket", str(socket))
         self._socket = socket
@@ -101,8 +107,7 @@ class FactoryClient:
         self.waiting = WaitingShims(factory=socket, places=places or socket.parent, number=waiting)
 
     async def __aenter__(self) -> Self:
-        self._background.start(self._supervise(), name="shim factory")
-        self._background.start(self.waiting.run(), name="waiting shims")
+        self._background.start(self._run_on_demand(), name="shim factory")
         return self
 
     async def __aexit__(
@@ -113,8 +118,13 @@ class FactoryClient:
     ) -> None:
         await self._background.stop()
 
+    def begin(self) -> None:
+        """Start the program now, if it does not run; the first request for a shim does that too."""
+        self._wanted.set()
+
     async def start_shim(self, request: ShimRequest, *, timeout_s: float = 30.0) -> ShimAddress:
         """As :meth:`ShimLauncher.start_shim`; waits for a factory that is being restarted."""
+        self.begin()
         message = json.dumps(
             {
                 "namespace": request.namespace,
@@ -173,6 +183,11 @@ class FactoryClient:
                 return reply
             # No request was forked off without keeping its connection open: asking again is safe.
             await asyncio.sleep(_RETRY_S)
+
+    async def _run_on_demand(self) -> None:
+        await self._wanted.wait()
+        self._background.start(self.waiting.run(), name="waiting shims")
+        await self._supervise()
 
     async def _supervise(self) -> None:
         backoff_s = _BACKOFF_S

@@ -1,8 +1,8 @@
 """The keeper of descriptors: a program of its own that outlives containerd, shims and factory.
 
 It holds duplicates of what the shims have open, so that one that was killed can be replaced (see
-``theseus-shim keeper``). Containerd starts it, and starts it again when it dies; a connection that
-is held open here tells it that there is a containerd, and tells us of its end.
+``theseus-shim keeper``). Containerd starts it where there is none, and again when it dies; a
+connection that is held open here tells it that there is a containerd, and tells us of its end.
 """
 
 from __future__ import annotations
@@ -65,17 +65,15 @@ class DescriptorKeeper:
                 connection.send(message)
 
     async def _supervise(self) -> None:
-        backoff_s = _BACKOFF_S
+        pause_s = 0.0
         while True:
-            failure = await self._start()
-            if failure:
-                log.error("keeper of descriptors does not start", reason=failure)
-            elif await self._hold_on():
-                backoff_s = _BACKOFF_S
+            if await self._hold_on():  # to the one of an earlier containerd, at first
+                pause_s = 0.0
                 log.warning("keeper of descriptors ended")
-                continue
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(max(pause_s * 2, _BACKOFF_S), _BACKOFF_MAX_S)
+            if failure := await self._start():
+                log.error("keeper of descriptors does not start", reason=failure)
 
     async def _hold_on(self) -> bool:
         """Stay connected until the keeper ends; returns whether there was one."""

@@ -142,6 +142,14 @@ class ShimManager:
             if known.shim is not None:
                 await known.shim.close()
 
+    async def returned(self, limit_s: float) -> None:
+        """Wait until no shim is expected any more, at most ``limit_s``."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                for known in list(self._shims.values()):
+                    while known.standing is Standing.EXPECTED:
+                        await known.change(timeout_s=limit_s)
+
     def drain(self) -> None:
         """Take no more registrations, and end those that stand: a successor is coming."""
         self._draining = True

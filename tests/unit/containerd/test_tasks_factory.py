@@ -109,6 +109,21 @@ async def test_a_factory_that_is_killed_comes_back(factory: FactoryClient, tmp_p
     assert factory.starts == 2
 
 
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_factory_may_be_started_later(tmp_path: Path, asked: bool) -> None:
+    async with FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1, at_once=False
+    ) as client:
+        await asyncio.sleep(0)
+        assert client.starts == 0
+        if asked:
+            await client.start_shim(request(tmp_path, "c1"))
+        else:
+            client.begin()
+        await eventually(lambda: len(client.waiting) == 1)
+        assert client.starts == 1
+
+
 async def test_the_factory_ends_with_its_client(tmp_path: Path) -> None:
     async with FactoryClient(
         PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock"

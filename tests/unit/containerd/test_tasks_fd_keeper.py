@@ -12,6 +12,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
 from tests.fakes.eventually import eventually
 
@@ -50,6 +52,22 @@ async def test_keeper_that_is_there_is_used(tmp_path: Path) -> None:
         async with DescriptorKeeper(PROGRAM, path):
             await asyncio.sleep(0)
             assert keeper_pid(path) == first
+
+
+async def test_keeper_that_is_there_is_held_without_another_start(tmp_path: Path) -> None:
+    path, loop = tmp_path / "keeper.sock", asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as found:
+        found.bind(str(path))
+        found.listen()
+        found.setblocking(False)
+        keeper = DescriptorKeeper(("/nowhere/theseus-shim",), path)
+        await keeper.__aenter__()
+        connection, _ = await loop.sock_accept(found)
+        with connection:
+            with pytest.raises(BlockingIOError):  # held, and nothing is said
+                connection.recv(1)
+            await keeper.__aexit__(None, None, None)
+            assert await loop.sock_recv(connection, 1) == b""
 
 
 async def test_what_is_released_is_closed(tmp_path: Path) -> None:
