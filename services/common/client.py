@@ -17,7 +17,7 @@ NAMESPACE_KEY = "containerd-namespace"
 """gRPC metadata key of containerd's namespace, as upstream has it."""
 
 MESSAGE_LIMIT_BYTES = 64 << 20
-# Not repeated behind the caller's back. Done twice, the first four make two of a thing, or run it
+# Not repeated behind the caller's back. Done twice, the first five make two of a thing, or run it
 # again: their callers look before they ask again. The others try long enough by themselves, and
 # their UNAVAILABLE speaks of a registry.
 _ONCE = [
@@ -27,6 +27,7 @@ _ONCE = [
         ("theseus.engine.v1.Containers", "Start"),
         ("theseus.engine.v1.Execs", "Create"),
         ("theseus.engine.v1.Execs", "Start"),
+        ("theseus.engine.v1.Execs", "Run"),
         ("theseus.engine.v1.Images", "Pull"),
         ("theseus.engine.v1.Images", "Load"),
         ("containerd.services.transfer.v1.Transfer", "Transfer"),

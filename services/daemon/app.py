@@ -53,6 +53,7 @@ from services.daemon.containers.cleanup import Cleaner
 from services.daemon.containers.create import Creator
 from services.daemon.containers.directory_watch import DirectoryWatch
 from services.daemon.containers.exec import Execs
+from services.daemon.containers.exec_run import ExecRuns
 from services.daemon.containers.exec_store import ExecStore
 from services.daemon.containers.files import ContainerFiles
 from services.daemon.containers.follower import Follower
@@ -165,6 +166,7 @@ class App:
         stack.push_async_callback(self._leave_network)
         await stack.enter_async_context(self._background)
         stack.push_async_callback(self._manager.close, DRAIN_S)
+        stack.push_async_callback(self._exec_runs.close, DRAIN_S)
         await self._caretaker.returned()
         self._execs.resume()
         self._background.start(self._follower.run(), name="journal")
@@ -237,6 +239,7 @@ class App:
             sessions=self._sessions,
             observer=self._metrics,
         )
+        self._exec_runs = ExecRuns(self._execs, self._attacher)
         self._manager = ContainerManager(
             below,
             creator=Creator(
@@ -321,7 +324,7 @@ class App:
             ),
             Service(
                 containers_pb2_grpc.add_ExecsServicer_to_server,
-                ExecsService(self._execs, self._attacher, self._draining),
+                ExecsService(self._execs, self._exec_runs, self._attacher, self._draining),
                 containers["Execs"],
             ),
             Service(

@@ -279,6 +279,88 @@ async def test_an_exec_that_cannot_be_started_ends_who_waits_for_its_streams(mad
     assert "the runtime said no" in (await wait_exec(made, exec_id)).error
 
 
+def run_exec(made, **fields):
+    request = pb.CreateExecRequest(**{"container": "one", "command": ["sh"], **fields})
+    return made.execs.Run(pb.RunExecRequest(exec=request), timeout=20)
+
+
+async def test_an_exec_is_run_in_one_call(made):
+    identity = await made.run("one", **QUIET)
+    call = run_exec(made, env=["B=2"])
+    exec_id = (await call.read()).exec_id
+    tasks = made.node.world.tasks[identity]
+    await made.node.called("Tasks.Start", 2)
+    assert "B=2" in tasks[exec_id].spec["env"]
+    made.node.world.write(identity, b"out", exec_id=exec_id)
+    made.node.world.write(identity, b"err", 2, exec_id=exec_id)
+    answers = [(await call.read()).output for _ in range(2)]
+    assert [(a.offset, a.stream, a.data) for a in answers] == [
+        (0, pb.STREAM_KIND_STDOUT, b"out"),
+        (3, pb.STREAM_KIND_STDERR, b"err"),
+    ]
+    made.node.world.end(identity, 5, exec_id)
+    assert (await call.read()).exit.code == 5
+    assert await call.read() is grpc.aio.EOF
+    await made.until(lambda: exec_id not in tasks)
+    # That it is deleted is recorded with the next one.
+    await wait_exec(made, await make_exec_that_ends(made, identity))
+    execs = made.app._below.execs
+    assert execs.require(exec_id).deleted
+
+
+async def make_exec_that_ends(made, identity):
+    exec_id = await make_exec(made)
+    await start_exec(made, exec_id)
+    made.node.world.end(identity, 0, exec_id)
+    return exec_id
+
+
+async def test_an_exec_that_is_run_goes_on_when_its_client_goes_away(made):
+    identity = await made.run("one", **QUIET)
+    call = run_exec(made)
+    exec_id = (await call.read()).exec_id
+    made.node.block("Tasks.Start").set()
+    await made.node.called("Tasks.Start", 2)
+    made.node.world.write(identity, b"first", exec_id=exec_id)
+    assert (await call.read()).output.data == b"first"
+    call.cancel()
+    made.node.world.write(identity, b"second", exec_id=exec_id)
+    client = Client(made.execs.Attach, exec_id=exec_id, offset=5)
+    await client.begin()
+    assert await client.until(6) == b"second"
+    made.node.world.end(identity, 7, exec_id)
+    await client.rest()
+    assert (await wait_exec(made, exec_id)).code == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault", "code"),
+    [
+        ({"open_stdin": True}, None, "INVALID_ARGUMENT"),
+        ({"detach": True}, None, "INVALID_ARGUMENT"),
+        ({"command": []}, None, "INVALID_ARGUMENT"),
+        ({"container": "two"}, None, "NOT_FOUND"),
+        ({}, ("INVALID_ARGUMENT", "COMMAND_NOT_FOUND", 1), "INVALID_ARGUMENT"),
+        ({}, ("UNAVAILABLE", "", 5), "UNAVAILABLE"),
+    ],
+)
+async def test_an_exec_that_cannot_be_run_is_refused(made, fields, fault, code):
+    await made.run("one", **QUIET)
+    if fault is not None:
+        status, reason, times = fault
+        made.node.refuse_streams("it has none")
+        made.node.fail(
+            "Tasks.Start", grpc.StatusCode[status], "refused", reason=reason, times=times
+        )
+    call = run_exec(made, **fields)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        while await call.read() is not grpc.aio.EOF:
+            continue
+    assert refused.value.code() == grpc.StatusCode[code]
+    if fault is not None:
+        assert from_rpc_error(refused.value).reason == fault[1]
+
+
 async def test_a_detached_exec_throws_its_output_away(made):
     identity = await made.run("one", **QUIET)
     exec_id = await make_exec(made, detach=True)

@@ -226,9 +226,7 @@ class Execs:
             return  # the whole task goes, or has gone
         try:
             await self._below.tasks.delete(record.container_id, record.id)
-            await self._below.execs.change(
-                record.id, lambda now: dataclasses.replace(now, deleted=True)
-            )
+            self._below.execs.note_deleted(record.id)
         except TheseusError as error:
             log.info("exec not forgotten", exec_id=record.id, error=error.message)
 

@@ -35,6 +35,7 @@ class ExecStore:
         self._records: dict[ExecId, ExecRecord] = {}
         self._waiters: dict[ExecId, set[asyncio.Event]] = {}
         self._commits = OutlivingWork()
+        self._deleted: set[ExecId] = set()
 
     async def load(self) -> None:
         """Read everything; call once, first."""
@@ -58,12 +59,21 @@ class ExecStore:
 
     async def put(self, record: ExecRecord) -> None:
         """Record a new session."""
+        deleted, self._deleted = self._deleted, set()
 
-        def write(tx: Transaction) -> ExecRecord:
+        def write(tx: Transaction) -> list[ExecRecord]:
             rows.put_exec(tx, codec.exec_row(record))
-            return record
+            noted = [self.change_in(tx, exec_id, _as_deleted) for exec_id in deleted]
+            return [record, *(changed for changed in noted if changed is not None)]
 
-        await self._commit(write, self.publish)
+        await self._commit(write, self._publish_all)
+
+    def note_deleted(self, exec_id: ExecId) -> None:
+        """Note that containerd has forgotten the process; recorded together with the next session.
+
+        After a crash before that it is deleted once more, which is no error.
+        """
+        self._deleted.add(exec_id)
 
     async def change(
         self, exec_id: ExecId, change: Callable[[ExecRecord], ExecRecord | None]
@@ -138,6 +148,10 @@ class ExecStore:
         self._records[record.id] = record
         self._notify(record.id)
 
+    def _publish_all(self, records: list[ExecRecord]) -> None:
+        for record in records:
+            self.publish(record)
+
     async def until(self, exec_id: str, condition: Callable[[ExecRecord], bool]) -> ExecRecord:
         """Wait until a session meets ``condition``.
 
@@ -184,6 +198,10 @@ class ExecStore:
     def _notify(self, exec_id: ExecId) -> None:
         for event in self._waiters.get(exec_id, ()):
             event.set()
+
+
+def _as_deleted(record: ExecRecord) -> ExecRecord:
+    return dataclasses.replace(record, deleted=True)
 
 
 def end(record: ExecRecord, status: ExitStatus) -> ExecRecord | None:

@@ -23,7 +23,7 @@ from tools.bench.engines.server import Server
 from tools.bench.figures import Role, Subject
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
 
     import grpc
 
@@ -153,18 +153,14 @@ class Theseus:
         """See Engine."""
         execs = containers_pb2_grpc.ExecsStub(self.channel)
         request = containers_pb2.CreateExecRequest(container=container, command=ECHO)
-        exec_id = (await execs.Create(request, timeout=CALL_S)).exec_id
-        attached = execs.Attach(_attach(exec_id), timeout=CALL_S)
-        start = containers_pb2.StartExecRequest(exec_id=exec_id)
-        starting = execs.Start(start, timeout=CALL_S)
-        said = b""
-        async for message in attached:
+        said, ended = b"", None
+        async for message in execs.Run(containers_pb2.RunExecRequest(exec=request), timeout=CALL_S):
             said += message.output.data
-        await starting
-        answer = await execs.Wait(containers_pb2.WaitExecRequest(exec_id=exec_id), timeout=CALL_S)
-        if said != SAID:
-            raise BenchError(f"exec said {said!r}")
-        return _code(answer.exit)
+            if message.HasField("exit"):
+                ended = message.exit
+        if said != SAID or ended is None:
+            raise BenchError(f"exec said {said!r} and ended with {ended}")
+        return _code(ended)
 
     async def stop(self, container: str) -> int:
         """See Engine."""
@@ -238,11 +234,6 @@ def _daemon(place: Path, containerd: Path) -> Server:
         answers=version,
         log=place / "daemon.log",
     )
-
-
-async def _attach(exec_id: str) -> AsyncIterator[containers_pb2.AttachRequest]:
-    start = containers_pb2.AttachStart(exec_id=exec_id, output=True)
-    yield containers_pb2.AttachRequest(start=start)
 
 
 def _code(status: containers_pb2.ExitStatus) -> int:

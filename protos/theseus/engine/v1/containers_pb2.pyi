@@ -1294,6 +1294,62 @@ class StartExecResponse(_message.Message):
 Global___StartExecResponse: _TypeAlias = StartExecResponse  # noqa: Y015
 
 @_typing.final
+class RunExecRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def exec(self) -> Global___CreateExecRequest: ...
+    def __init__(
+        self,
+        *,
+        exec: Global___CreateExecRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunExecRequest: _TypeAlias = RunExecRequest  # noqa: Y015
+
+@_typing.final
+class RunExecResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXEC_ID_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
+    exec_id: _builtins.str
+    """The first: id of the session."""
+    @_builtins.property
+    def output(self) -> Global___AttachOutput: ...
+    @_builtins.property
+    def gap(self) -> Global___AttachGap: ...
+    @_builtins.property
+    def exit(self) -> Global___ExitStatus:
+        """The last."""
+
+    def __init__(
+        self,
+        *,
+        exec_id: _builtins.str = ...,
+        output: Global___AttachOutput | None = ...,
+        gap: Global___AttachGap | None = ...,
+        exit: Global___ExitStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "exit", b"exit", "gap", b"gap", "message", b"message", "output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "exit", b"exit", "gap", b"gap", "message", b"message", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["exec_id", "output", "gap", "exit"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___RunExecResponse: _TypeAlias = RunExecResponse  # noqa: Y015
+
+@_typing.final
 class WaitExecRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -540,6 +540,11 @@ class ExecsStub:
                 request_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachRequest.SerializeToString,
                 response_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Run = channel.unary_stream(
+                '/theseus.engine.v1.Execs/Run',
+                request_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecRequest.SerializeToString,
+                response_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecResponse.FromString,
+                _registered_method=True)
 
 
 class ExecsServicer:
@@ -576,6 +581,16 @@ class ExecsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Run(self, request, context):
+        """All of these in one call, for a process that reads no input: creates it, starts it, sends its
+        output from the first byte and then how it ended. Errors as those of Create and Start;
+        INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
+        the next offset, and Wait, by the id in the first response.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExecsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -598,6 +613,11 @@ def add_ExecsServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachRequest.FromString,
                     response_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachResponse.SerializeToString,
+            ),
+            'Run': grpc.unary_stream_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecRequest.FromString,
+                    response_serializer=protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -709,6 +729,33 @@ class Execs:
             '/theseus.engine.v1.Execs/Attach',
             protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachRequest.SerializeToString,
             protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Run(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/theseus.engine.v1.Execs/Run',
+            protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecRequest.SerializeToString,
+            protos_dot_theseus_dot_engine_dot_v1_dot_containers__pb2.RunExecResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -174,6 +174,12 @@ class ExecsStub:
     """Couples the caller with its standard streams. The first request is a start; resumable by offsets
     after UNAVAILABLE.
     """
+    Run: _aio.UnaryStreamMultiCallable[_containers_pb2.RunExecRequest, _containers_pb2.RunExecResponse]
+    """All of these in one call, for a process that reads no input: creates it, starts it, sends its
+    output from the first byte and then how it ended. Errors as those of Create and Start;
+    INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
+    the next offset, and Wait, by the id in the first response.
+    """
 
 class ExecsServicer(metaclass=_abc_1.ABCMeta):
     """Exec sessions: further processes in a running container."""
@@ -212,6 +218,18 @@ class ExecsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_containers_pb2.AttachResponse]:
         """Couples the caller with its standard streams. The first request is a start; resumable by offsets
         after UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def Run(
+        self,
+        request: _containers_pb2.RunExecRequest,
+        context: _aio.ServicerContext[_containers_pb2.RunExecRequest, _abc.AsyncIterator[_containers_pb2.RunExecResponse]],
+    ) -> _abc.AsyncIterator[_containers_pb2.RunExecResponse]:
+        """All of these in one call, for a process that reads no input: creates it, starts it, sends its
+        output from the first byte and then how it ended. Errors as those of Create and Start;
+        INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
+        the next offset, and Wait, by the id in the first response.
         """
 
 def add_ExecsServicer_to_server(servicer: ExecsServicer, server: _aio.Server) -> None: ...
