@@ -136,7 +136,8 @@ class Attacher:
             async with relay:
                 early = record.state is ExecState.CREATED
                 if early:
-                    yield relay.announce(Started(0, record.config.tty, 0))
+                    # Its start may be done and not recorded yet, and a part of the output be read.
+                    yield relay.announce(Started(0, record.config.tty, relay.offset))
                     await _first(opening.made.wait(), self._exec_begun(record))
                 try:
                     async for output in relay.run():
