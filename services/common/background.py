@@ -40,6 +40,11 @@ class Background:
         task.add_done_callback(self._done)
         return task
 
+    async def finish(self, limit_s: float) -> None:
+        """Wait until all tasks have ended by themselves, at most ``limit_s`` seconds."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=limit_s)
+
     async def stop(self) -> None:
         """Cancel all tasks and wait until they have ended, those that they start meanwhile too."""
         while self._tasks:

@@ -42,6 +42,7 @@ _CODES: dict[type[errors.TheseusError], grpc.StatusCode] = {
     errors.Unknown: grpc.StatusCode.UNKNOWN,
 }
 _CLASSES = {code: kind for kind, code in _CODES.items()}
+_KINDS = {code.value[0]: kind for code, kind in _CLASSES.items()}
 _BROKEN_WRITE = "Internal error from Core"
 """How grpc.aio ends a call, with INTERNAL, whose connection broke while a request was written."""
 
@@ -75,6 +76,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.TheseusError:
         if key == DETAILS_KEY and isinstance(value, bytes):
             return _with_details(kind, message, value)
     return kind(message)
+
+
+def error_of(status: Status) -> errors.TheseusError:
+    """The exception that a status on its own stands for; ttrpc has such."""
+    kind = _KINDS.get(status.code, errors.Internal)
+    message = status.message or f"status {status.code} without a message"
+    return _detailed(kind, message, status) if status.details else kind(message)
 
 
 @contextmanager
@@ -116,15 +124,21 @@ def _with_details(
     kind: type[errors.TheseusError], message: str, serialized: bytes
 ) -> errors.TheseusError:
     from google.protobuf.message import DecodeError
-    from google.rpc import error_details_pb2, status_pb2
+    from google.rpc import status_pb2
 
-    field, reason = "", ""
-    resource: tuple[str, str] | None = None
-    retry_after_s: float | None = None
     try:
         status = status_pb2.Status.FromString(serialized)
     except DecodeError:  # another program's trailer; its code and sentence still hold
         return kind(message)
+    return _detailed(kind, message, status)
+
+
+def _detailed(kind: type[errors.TheseusError], message: str, status: Status) -> errors.TheseusError:
+    from google.rpc import error_details_pb2
+
+    field, reason = "", ""
+    resource: tuple[str, str] | None = None
+    retry_after_s: float | None = None
     request, info = error_details_pb2.BadRequest(), error_details_pb2.ResourceInfo()
     retry, why = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
     for detail in status.details:

@@ -114,9 +114,7 @@ class RpcServer:
         reflection: bool = True,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         bind: Callable[[Metadata], None] | None = None,
-        make_server: Callable[..., Any] = grpc.aio.server,
     ) -> None:
-        self._make_server = make_server
         self._interceptors = interceptors
         self._tier = tier
         self._socket = socket
@@ -130,7 +128,7 @@ class RpcServer:
 
     async def start(self) -> None:
         """Bind and serve; every service reports SERVING."""
-        self._server = self._make_server(interceptors=self._interceptors, options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=self._interceptors, options=SERVER_OPTIONS)
         names = [service.descriptor.full_name for service in self._services]
         for service in self._services:
             service.add(service.servicer, self._methods)
@@ -174,7 +172,9 @@ class Methods(grpc.GenericRpcHandler):
     with 90 of them.
     """
 
-    def __init__(self, metrics: CallMetrics, bind: Callable[[Metadata], None] | None) -> None:
+    def __init__(
+        self, metrics: CallMetrics, bind: Callable[[Metadata], None] | None = None
+    ) -> None:
         self._metrics = metrics
         self._bind = bind
         self._handlers: dict[str, Any] = {}

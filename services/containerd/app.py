@@ -65,7 +65,8 @@ from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.sandboxes import SandboxControllerService, SandboxStoreService
 from services.containerd.rpc.served import services
-from services.containerd.rpc.shim_events import ShimEvents, ShimEventsServer
+from services.containerd.rpc.shim_events import ShimEvents
+from services.containerd.rpc.shim_socket import ShimSocket
 from services.containerd.rpc.snapshots import SnapshotsService
 from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.streams import StreamsService
@@ -265,12 +266,13 @@ class App:
         await stack.enter_async_context(self._workers)
         await stack.enter_async_context(self._registries)
         shims, tasks, factory = await self._start_tasks(stack, epoch)
+        calls = ServerMetrics(self._registry)
         events = ShimEvents(shims, self._exchange)
         await stack.enter_async_context(
-            ShimEventsServer(config.address.with_name(f"{config.address.name}.ttrpc"), events)
+            ShimSocket(config.address, shims=shims, events=events, metrics=calls)
         )
         background = await stack.enter_async_context(Background())
-        await self._serve(stack, shims, tasks)
+        await self._serve(stack, shims, tasks, events, calls)
         background.start(_begin_later(factory, shims), name="start of the shim factory")
         background.start(self._gc.run(), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
@@ -334,14 +336,21 @@ class App:
         )
         return shims, tasks, factory
 
-    async def _serve(self, stack: AsyncExitStack, shims: ShimManager, tasks: TaskManager) -> None:
+    async def _serve(
+        self,
+        stack: AsyncExitStack,
+        shims: ShimManager,
+        tasks: TaskManager,
+        events: ShimEvents,
+        calls: ServerMetrics,
+    ) -> None:
         config = self._config
         identity = await self._db.write(lambda tx: meta.setdefault(tx, "uuid", str(uuid.uuid4())))
         server = RpcServer(
             tier="containerd",
             socket=config.address,
-            services=services(self._servicers(shims, tasks, identity).items()),
-            metrics=ServerMetrics(self._registry),
+            services=services(self._servicers(shims, tasks, events, identity).items()),
+            metrics=calls,
             bind=bind_lease,
         )
         await server.start()
@@ -361,7 +370,7 @@ class App:
             stack.push_async_callback(endpoint.stop)
 
     def _servicers(
-        self, shims: ShimManager, tasks: TaskManager, identity: str
+        self, shims: ShimManager, tasks: TaskManager, events: ShimEvents, identity: str
     ) -> dict[str, object]:
         plugins = list_plugins(
             platform=host_platform(),
@@ -373,7 +382,7 @@ class App:
             "containers": ContainersService(self._containers, self._moves.expect),
             "content": ContentService(self._content),
             "diff": DiffService(self._applier, self._comparer),
-            "events": EventsService(self._exchange, ShimEvents(shims, self._exchange)),
+            "events": EventsService(self._exchange, events),
             "images": ImagesService(self._images),
             "introspection": IntrospectionService(plugins, uuid=identity, runtimes=OUR_RUNTIMES),
             "journal": JournalService(self._journal),

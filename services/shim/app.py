@@ -11,10 +11,8 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import structlog
 
 from protos.containerd.runtime.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
@@ -30,20 +28,19 @@ from protos.theseus.shim.v1 import (
 )
 from services.common import VERSION, linux
 from services.common.background import Background
-from services.common.client import connect
-from services.common.server import RpcServer, Service
+from services.common.server import Service
 from services.shim import handover, packing
 from services.shim.clients.events import timestamp
 from services.shim.clients.registry import PROTOCOL
-from services.shim.clients.shared import SharedChannel
 from services.shim.config import ShimConfig
 from services.shim.member import Member
 from services.shim.members import Hosting, Members
 from services.shim.reaper import Reaper
-from services.shim.reexec import Attempt, Reexecution, find_listener
+from services.shim.reexec import Attempt, Reexecution
 from services.shim.rpc.control import ControlService
 from services.shim.rpc.gate import Gate
 from services.shim.rpc.sandbox import SandboxService
+from services.shim.rpc.server import Listener, ShimServer
 from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
 from services.shim.sandboxes import Sandboxes
@@ -51,7 +48,6 @@ from services.shim.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from services.shim.handover import Outgoing
     from services.shim.metrics import ShimMetrics
@@ -66,19 +62,15 @@ _SETTLED_S = 2.0  # most containers that live as long are idle then
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Transport:
-    """What a shim's calls travel by."""
-
-    make_server: Callable[..., Any]
-    make_channel: Callable[[Path], Any]
-
-
-GRPC = Transport(grpc.aio.server, connect)
-
-
 class Shim:
-    """One shim. Make it inside the event loop, then ``run`` it."""
+    """One shim. Make it inside the event loop, then ``run`` it.
+
+    Args:
+        config: what it is told.
+        metrics: counts.
+        successor: of an earlier image of this process, which this one is; None: it is new.
+        listener: the socket to serve on, if it listens already.
+    """
 
     def __init__(
         self,
@@ -86,15 +78,14 @@ class Shim:
         metrics: ShimMetrics,
         successor: Successor | None = None,
         *,
-        transport: Transport = GRPC,
+        listener: Listener | None = None,
     ) -> None:
         self._successor = successor
-        self._transport = transport
+        self._listener = listener
         self._config = config
         self._metrics = metrics
         self._reaper = Reaper()
         self._background = Background()
-        self._make_channel = SharedChannel(transport.make_channel)
         self._members = Members(config, self._make_member)
         self._sandboxes = Sandboxes(self._members)
         self._tasks = Tasks(
@@ -132,7 +123,7 @@ class Shim:
             else:
                 self._reaper.start()
                 self._members.first.keeping.open()
-                await self._server.start()
+                await self._server.start(self._listener)
             for member in self._members:
                 member.write_identity(self._identity())
             serving(self._identity())
@@ -171,7 +162,8 @@ class Shim:
         self._tasks.unpack(document["tasks"])
         self._reaper.zombies_reaped = document["zombies_reaped"]
         self._metrics.generation.set(successor.attempt.generation)
-        await self._server.start()
+        listener = successor.listener()
+        await self._server.start(Listener(listener) if listener is not None else None)
         self._save()
         successor.commit()
         self._go_on()
@@ -188,7 +180,7 @@ class Shim:
         """Take over the containers of a shim that died."""
         self._gate.shut()
         self._tasks.unpack(await self._members.first.read_legacy())
-        await self._server.start()
+        await self._server.start(self._listener)
         self._save()
         self._go_on()
         log.warning("containers of a dead shim adopted", containers=len(self._tasks))
@@ -204,22 +196,20 @@ class Shim:
     def _pack(self, out: Outgoing) -> dict[str, Any]:
         return {
             **self._members.pack(),
-            "listener": out.fd(find_listener(self._config.socket)),
+            "listener": out.fd(self._server.listener),
             "tasks": self._tasks.pack(out),
             "zombies_reaped": self._reaper.zombies_reaped,
         }
 
-    def _build_server(self) -> RpcServer:
+    def _build_server(self) -> ShimServer:
         task = TaskService(self._tasks)
         control = ControlService(
             self._members, self._tasks, self._hosting, self._page, self._reexecution
         )
-        return RpcServer(
-            tier="shim",
-            socket=self._config.socket,
+        return ShimServer(
+            self._config.socket,
             metrics=self._metrics.server,
             interceptors=[self._gate],
-            make_server=self._transport.make_server,
             services=[
                 Service(
                     shim_pb2_grpc.add_TaskServicer_to_server,
@@ -293,7 +283,6 @@ class Shim:
             background=self._background,
             hello=self._hello,
             epoch_seen=lambda member: self._tasks.save(member.home),
-            make_channel=self._make_channel,
         )
 
     def _save(self) -> None:

@@ -5,12 +5,16 @@ imported takes a few. The factory imports all that a shim needs, rehearses a shi
 (``rehearsal.py``), packs its memory (``packing.py``), and never starts gRPC, which must not be
 forked. It is single-threaded.
 
+Half of the time in which a shim comes up goes by before anything depends on its container: the
+fork, the event loop, the listening socket. A shim that waits ready has that behind it. It ends when
+the connection on which it waits is closed, which the kernel does for a containerd that dies.
+
 Between two forks it does as little as can be, for what it writes to between them is no longer
 shared with the shims that exist: it accepts a connection and forks. The child reads the request.
 
 Protocol: SOCK_SEQPACKET; one JSON request per connection, one JSON reply, which the shim itself
 sends once it serves, on the connection that it inherited. A request ``{"wait_in": DIRECTORY}`` is
-answered by a process that then waits for the real one (``prepared.py``). The factory ends when its
+answered by a process that then waits for the real one. The factory ends when its
 standard input, a pipe from containerd, is closed.
 """
 
@@ -33,14 +37,13 @@ import structlog
 
 from services.common import VERSION, linux, tracing
 from services.common import log as logs
-from services.common.client import connect
 from services.common.errors import TheseusError
 from services.common.server import socket_group
 from services.shim import packing, shim_cgroup
-from services.shim.app import GRPC, Shim, Transport
-from services.shim.config import ShimConfig
+from services.shim.app import Shim
+from services.shim.config import ShimConfig, waiting_name
 from services.shim.metrics import ShimMetrics
-from services.shim.prepared import PreparedServer
+from services.shim.rpc.server import Listener, listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -209,9 +212,9 @@ async def _wait_and_run(connection: socket.socket, metrics: ShimMetrics, directo
     assert me is not None
     for signum in (signal.SIGTERM, signal.SIGINT):  # the factory's handler may raise anywhere
         loop.add_signal_handler(signum, me.cancel)
-    server = PreparedServer(directory)
+    path = directory / waiting_name()
+    listener = listen(path)
     try:
-        await server.listen()
         linux.set_process_name("theseus-waiting")
         connection.setblocking(False)
         reply(connection, {"waiting": os.getpid()})
@@ -226,10 +229,11 @@ async def _wait_and_run(connection: socket.socket, metrics: ShimMetrics, directo
             config,
             metrics,
             lambda answer: _answer_and_close(connection, answer),
-            transport=Transport(server.make, connect),
+            listener=listener,
         )
     finally:
-        await server.discard()
+        listener.socket.close()
+        path.unlink(missing_ok=True)  # it is elsewhere once it serves
 
 
 async def run_shim(
@@ -238,7 +242,7 @@ async def run_shim(
     serving: Callable[[dict[str, object]], None],
     successor: Successor | None = None,
     *,
-    transport: Transport = GRPC,
+    listener: Listener | None = None,
 ) -> None:
     """Run a shim in this process, or go on with one as its ``successor``."""
     logs.configure("shim", config.log_level)
@@ -247,7 +251,7 @@ async def run_shim(
     if config.request_id and successor is None:
         log.info("shim starts", request_id=config.request_id)
     try:
-        await Shim(config, metrics, successor, transport=transport).run(serving)
+        await Shim(config, metrics, successor, listener=listener).run(serving)
     finally:
         if tracing.requested():
             await asyncio.to_thread(tracing.flush)

@@ -20,7 +20,6 @@ from services.shim.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from protos.theseus.shim.v1 import registry_pb2
     from services.common.background import Background
@@ -43,7 +42,6 @@ class Member:
         background: owns the registration.
         hello: makes its Hello of this moment.
         epoch_seen: called when its home's epoch has changed, to keep it.
-        make_channel: connects to a socket.
 
     Attributes:
         fresh: it waits for its container, and never had one.
@@ -58,7 +56,6 @@ class Member:
         background: Background,
         hello: Greeting,
         epoch_seen: Callable[[Member], None],
-        make_channel: Callable[[Path], Any],
     ) -> None:
         self.config = config
         self.fresh = True
@@ -87,7 +84,6 @@ class Member:
             metrics=metrics,
             epoch=self.home.epoch,
             epoch_seen=self._keep_epoch,
-            make_channel=make_channel,
         )
 
     async def read_legacy(self) -> dict[str, Any]:
@@ -103,7 +99,7 @@ class Member:
     async def leave(self) -> None:
         """Be a member no more: nothing of it is kept, nobody is told of it."""
         while self._registration is not None and not self._registration.done():
-            self._registration.cancel()  # grpc.aio may lose one
+            self._registration.cancel()  # grpc.aio may lose one, towards an older containerd
             await asyncio.wait({self._registration}, timeout=_AGAIN_S)
         self.keeping.forget_all()
         self.keeping.close()

@@ -2,13 +2,12 @@
 
     old image   self-check of the new program · gate closed · all work under way ended · output
                 paused · state into a memfd · execve(2)
-    new image   state read, objects rebuilt, nothing read or reaped yet · socket bound and renamed
-                into place · commit · children reaped, output goes on
+    new image   state read, objects rebuilt, nothing read or reaped yet · the listening socket
+                served again · commit · children reaped, output goes on
 
 The process stays the same to the kernel: pid, start time, children, being a subreaper, ignored
-signals. Children that end in between are zombies until the new image reaps them. The old listening
-socket stays open until the commit, so there is one to connect to all the time; who connected to it
-is told to come again. (grpcio cannot serve on a descriptor that it is given.)
+signals. Children that end in between are zombies until the new image reaps them. The listening
+socket is the same, too: who connects meanwhile waits in its queue.
 
 Up to the commit a failure of the new image, or its silence, is answered by executing the old
 program with the same state; that is its guard's work (:func:`take_over`). A new image that dies
@@ -24,7 +23,6 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,7 +32,6 @@ import structlog
 from services.common import VERSION, linux, tracing
 from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.shim import handover
-from services.shim.config import waiting_name
 from services.shim.runtimes import invocation
 
 if TYPE_CHECKING:
@@ -215,25 +212,6 @@ def execute(
         handover.keep_over_exec(fds, keep=False)
 
 
-def find_listener(path: Path) -> int:
-    """Descriptor of this process' socket that listens at ``path``, whatever it was bound as.
-
-    Returns:
-        -1 when there is none.
-    """
-    names = {str(path), f"{path}.new"}
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as duplicate:
-                listens = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                name = duplicate.getsockname()
-                if listens and (name in names or Path(name).name == waiting_name()):
-                    return int(entry.name)
-    return -1
-
-
 def check() -> str:
     """What ``reexec --check`` prints, once all that a shim needs can be imported."""
     import services.shim.factory  # noqa: F401 - the import is the check
@@ -262,14 +240,17 @@ class Successor:
         self._timer.daemon = True
         self._timer.start()
 
+    def listener(self) -> socket.socket | None:
+        """The listening socket; None where the image before could not find it."""
+        fd = self.document["listener"]
+        return socket.socket(fileno=fd) if fd >= 0 else None
+
     def commit(self) -> None:
         """This image serves: there is no way back."""
         with self._lock:
             self._committed = True
             self._timer.cancel()
-        listener = self.document["listener"]
-        for fd in {self._state, *([listener] if listener >= 0 else [])}:
-            os.close(fd)
+        os.close(self._state)
         downtime_us = (time.monotonic_ns() - self.document["paused_at_ns"]) // 1000
         self.attempt = Attempt(self.attempt.generation, self._failure, downtime_us)
 

@@ -2,8 +2,8 @@
 
 What a process does for the first time costs it memory of its own: code is specialised in place,
 types get version tags, caches fill, modules are imported. Done here, it lies in pages that all
-shims share. The play has all parts but gRPC, which must not start in a process that forks; its
-runtime is a shell script.
+shims share. The play has all parts; its runtime is a shell script, and its containerd acknowledges
+everything.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, empty_pb2
 
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
-from protos.theseus.shim.v1 import control_pb2, registry_pb2
+from protos.theseus.shim.v1 import control_pb2, registry_pb2, registry_pb2_grpc
 from services.common import log as logs
-from services.shim.app import Shim, Transport
+from services.common.peer import Peer
+from services.common.server import Methods
+from services.common.ttrpc.server import TtrpcServer
+from services.common.ttrpc_handlers import Handlers
+from services.shim.app import Shim
 from services.shim.config import ShimConfig
 from services.shim.metrics import ShimMetrics
 from services.shim.packing import CodeTracer
+from services.shim.rpc.server import listen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator
     from types import CodeType
 
     from google.protobuf.message import Message
+
+Answer = TypeVar("Answer", bound="Message")
 
 _LIMIT_S = 5.0
 _ID = "rehearsal"
@@ -112,23 +118,28 @@ async def _play(bundle: Path, runtime: Path) -> None:
         instance_id="0" * 32,
     )
     logs.configure("shim", config.log_level)
-    stage = _Stage()
     serving = asyncio.Event()
-    with socket.socket(socket.AF_UNIX) as registry:
-        registry.bind(str(config.registry))
-        registry.listen()
-        shim = Shim(config, ShimMetrics(), transport=Transport(stage.server, _Channel))
+    methods: Any = Methods(ShimMetrics().server)
+    registry_pb2_grpc.add_RegistryServicer_to_server(_Registry(), methods)
+    containerd = TtrpcServer(Handlers(methods).answer)
+    await containerd.start(listen(bundle.with_name("r.ttrpc")).socket)
+    peer = Peer(config.socket, namespace=_ID)
+    try:
+        shim = Shim(config, ShimMetrics())
         async with asyncio.timeout(_LIMIT_S):
             running = asyncio.create_task(shim.run(lambda _identity: serving.set()))
             await serving.wait()
-            await _live(stage, bundle, runtime)
+            await _live(_Caller(peer), bundle, runtime)
             await running
+    finally:
+        await peer.close()
+        await containerd.stop()
 
 
-async def _live(stage: _Stage, bundle: Path, runtime: Path) -> None:
+async def _live(shim: _Caller, bundle: Path, runtime: Path) -> None:
     options = oci_pb2.Options(binary_name=str(runtime))
     log = f"theseus-log://{bundle}/log?format=json-file&max-size=1000000&max-file=2"
-    created = await stage.call(
+    created = await shim.task(
         "Create",
         shim_pb2.CreateTaskRequest(
             id=_ID,
@@ -140,114 +151,50 @@ async def _live(stage: _Stage, bundle: Path, runtime: Path) -> None:
                 type_url=options.DESCRIPTOR.full_name, value=options.SerializeToString()
             ),
         ),
+        shim_pb2.CreateTaskResponse,
     )
-    await stage.call("Start", shim_pb2.StartRequest(id=_ID))
-    await stage.call("State", shim_pb2.StateRequest(id=_ID))
-    await stage.call("Pids", shim_pb2.PidsRequest(id=_ID))
-    await stage.call("Metrics", control_pb2.MetricsRequest())
-    waiting = asyncio.create_task(stage.call("Wait", shim_pb2.WaitRequest(id=_ID)))
-    await stage.call("Kill", shim_pb2.KillRequest(id=_ID, signal=signal.SIGKILL))
+    await shim.task("Start", shim_pb2.StartRequest(id=_ID), shim_pb2.StartResponse)
+    await shim.task("State", shim_pb2.StateRequest(id=_ID), shim_pb2.StateResponse)
+    await shim.task("Pids", shim_pb2.PidsRequest(id=_ID), shim_pb2.PidsResponse)
+    await shim.control("Metrics", control_pb2.MetricsRequest(), control_pb2.MetricsResponse)
+    wait = shim.task("Wait", shim_pb2.WaitRequest(id=_ID), shim_pb2.WaitResponse)
+    waiting = asyncio.create_task(wait)
+    kill = shim_pb2.KillRequest(id=_ID, signal=signal.SIGKILL)
+    await shim.task("Kill", kill, empty_pb2.Empty)
     ended = await waiting
     if not created.pid or ended.exit_status != 128 + signal.SIGKILL:
         raise RuntimeError("the rehearsal of a shim did not go as it is written")
-    await stage.call("Delete", shim_pb2.DeleteRequest(id=_ID))
-    await stage.call("Shutdown", shim_pb2.ShutdownRequest(id=_ID, now=True))
+    await shim.task("Delete", shim_pb2.DeleteRequest(id=_ID), shim_pb2.DeleteResponse)
+    await shim.task("Shutdown", shim_pb2.ShutdownRequest(id=_ID, now=True), empty_pb2.Empty)
 
 
-class _Stage:
-    """Stands for gRPC's server: keeps the handlers, and calls them as it would."""
+class _Caller:
+    """Calls the shim as containerd does."""
 
-    def __init__(self) -> None:
-        self._interceptors: Sequence[Any] = ()
-        self._methods: dict[str, tuple[str, Any]] = {}
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
 
-    def server(self, *, interceptors: Sequence[Any], options: object) -> _Stage:
-        del options
-        self._interceptors = interceptors
-        return self
+    async def task(self, name: str, request: Message, answer: type[Answer]) -> Answer:
+        return await self._call(f"containerd.task.v3.Task/{name}", request, answer)
 
-    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
-        (methods,) = handlers
-        for method in methods:
-            self._methods[method.rpartition("/")[2]] = method, methods
+    async def control(self, name: str, request: Message, answer: type[Answer]) -> Answer:
+        return await self._call(f"theseus.shim.v1.Control/{name}", request, answer)
 
-    def add_insecure_port(self, address: str) -> int:
-        self._socket.bind(address.removeprefix("unix:"))
-        return 1
-
-    async def start(self) -> None:
-        """It has no socket to listen on."""
-
-    async def stop(self, grace_s: float) -> None:
-        """See :meth:`start`."""
-        self._socket.close()
-
-    async def call(self, name: str, request: Message) -> Any:
-        """Call the handler of a method the way that gRPC does, messages packed and unpacked."""
-        method, methods = self._methods[name]
-        details = _Details(method)
-        found = await self._handler(0, details, methods.service(details))
-        answer = await found.unary_unary(
-            found.request_deserializer(request.SerializeToString()), _Context()
-        )
-        found.response_serializer(answer)
-        return answer
-
-    async def _handler(self, number: int, details: _Details, handler: Any) -> Any:
-        if number == len(self._interceptors):
-            return handler
-
-        async def following(again: _Details) -> Any:
-            return await self._handler(number + 1, again, handler)
-
-        return await self._interceptors[number].intercept_service(following, details)
+    async def _call(self, method: str, request: Message, answer: type[Answer]) -> Answer:
+        data = await self._peer.call(method, request.SerializeToString(), timeout_s=_LIMIT_S)
+        return answer.FromString(data)
 
 
-class _Details:
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self.invocation_metadata = ()
+class _Registry(registry_pb2_grpc.RegistryServicer):
+    """Stands for a containerd that acknowledges everything."""
 
-
-class _Context:
-    _code: object = None
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("theseus-request-id", _ID), ("containerd-namespace", _ID))
-
-    def set_code(self, code: object) -> None:
-        self._code = code
-
-    def set_details(self, text: str) -> None:
-        raise RuntimeError(f"a call of the rehearsal failed: {self._code}: {text}")
-
-
-class _Channel:
-    """Stands for the channel to a containerd that acknowledges everything."""
-
-    def __init__(self, path: Path) -> None:
-        del path
-
-    def stream_stream(self, *_args: object, **_options: object) -> Callable[[], _Register]:
-        return _Register
-
-    async def close(self) -> None:
-        """There is nothing to close."""
-
-
-class _Register:
-    def __init__(self) -> None:
-        self._answers: asyncio.Queue[registry_pb2.RegisterResponse] = asyncio.Queue()
-
-    async def write(self, request: registry_pb2.RegisterRequest) -> None:
-        sent = registry_pb2.RegisterRequest.FromString(request.SerializeToString())
-        if sent.WhichOneof("message") == "hello":
-            welcome = registry_pb2.Welcome(containerd_id=_ID, epoch=1, protocol=1)
-            self._answers.put_nowait(registry_pb2.RegisterResponse(welcome=welcome))
-        else:
-            ack = registry_pb2.Ack(seq=sent.event.seq)
-            self._answers.put_nowait(registry_pb2.RegisterResponse(ack=ack))
-
-    async def read(self) -> registry_pb2.RegisterResponse:
-        return await self._answers.get()
+    async def Register(
+        self, request_iterator: AsyncIterator[registry_pb2.RegisterRequest], context: object
+    ) -> AsyncIterator[registry_pb2.RegisterResponse]:
+        async for request in request_iterator:
+            if request.WhichOneof("message") == "hello":
+                welcome = registry_pb2.Welcome(containerd_id=_ID, epoch=1, protocol=1)
+                yield registry_pb2.RegisterResponse(welcome=welcome)
+            else:
+                ack = registry_pb2.Ack(seq=request.event.seq)
+                yield registry_pb2.RegisterResponse(ack=ack)

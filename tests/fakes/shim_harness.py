@@ -299,9 +299,9 @@ def kill_tree(roots: list[int], *, limit_s: float) -> None:
 def children(pid: int) -> list[int]:
     """Pids of a process' children."""
     found: list[int] = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found += map(int, listing.read_text().split())
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end at any time
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
     return found
 
 

@@ -20,7 +20,7 @@ from protos.containerd.services.ttrpc.events.v1 import events_pb2
 from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.runc.options import oci_pb2
 from services.common.ttrpc.client import TtrpcClient
-from services.common.ttrpc.server import Method, TtrpcServer
+from services.common.ttrpc.server import Method, TtrpcServer, methods
 from services.shim.ttrpc.events import SERVICE
 from tests.fakes.shim_harness import kill_tree
 
@@ -89,8 +89,8 @@ class Events:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
         listener.listen()
-        methods = {"Forward": Method(events_pb2.ForwardRequest, self._forward)}
-        self._server = TtrpcServer({SERVICE: methods})
+        table = {"Forward": Method(events_pb2.ForwardRequest, self._forward)}
+        self._server = TtrpcServer(methods({SERVICE: table}))
         await self._server.start(listener)
 
     async def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""A ttrpc client: one connection to a Unix socket, any number of unary calls at the same time."""
+"""A ttrpc client: one connection to a Unix socket, any number of calls at the same time."""
 
 from __future__ import annotations
 
@@ -8,48 +8,79 @@ from typing import TYPE_CHECKING, Self
 from google.protobuf.message import DecodeError
 
 from protos.containerd.ttrpc import request_pb2
-from services.common.background import Background
-from services.common.ttrpc.frames import REQUEST, RESPONSE, Frame, MessageTooLarge, read_frame
+from services.common.ttrpc.connection import FrameConnection
+from services.common.ttrpc.frames import (
+    CANCEL,
+    DATA,
+    NO_DATA,
+    REMOTE_CLOSED,
+    REMOTE_OPEN,
+    REQUEST,
+    RESPONSE,
+    Frame,
+    MessageTooLarge,
+)
+from services.common.ttrpc.inbox import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
     from pathlib import Path
     from types import TracebackType
 
+    from google.rpc.status_pb2 import Status
+
 
 class CallFailed(Exception):
-    """The peer answered with a status that is not OK."""
+    """The peer answered with a status that is not OK.
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+    Attributes:
+        status: it.
+    """
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+        self.code = status.code
 
 
 class TtrpcClient:
-    """A connection, made by :meth:`connect`; an async context manager that closes it."""
+    """A connection, made by :meth:`connect`; an async context manager that closes it.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    Args:
+        tells: whether the peer, one of ours, is told of calls that are given up.
+    """
+
+    def __init__(self, *, tells: bool = False) -> None:
+        self._tells = tells
         self._stream_id = -1
         self._answers: dict[int, asyncio.Future[request_pb2.Response]] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._broken: ConnectionError | None = None
-        self._reading = Background()
-        self._reading.start(self._read(), name="ttrpc answers")
+        self._connection = FrameConnection(
+            received=self._take, refused=self._too_large, lost=self._hung_up
+        )
 
     @classmethod
-    async def connect(cls, path: Path) -> TtrpcClient:
+    async def connect(cls, path: Path | str, *, tells: bool = False) -> Self:
         """Connect.
 
         Raises:
             OSError: nobody listens there.
         """
-        return cls(*await asyncio.open_unix_connection(path))
+        client = cls(tells=tells)
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: client._connection, str(path))
+        return client
 
     @property
     def broken(self) -> bool:
         """Whether the connection is of no more use."""
         return self._broken is not None
+
+    @property
+    def alien(self) -> bool:
+        """Whether the peer turned out to speak something else: gRPC."""
+        return self._connection.alien
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,11 +91,10 @@ class TtrpcClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.close()
+        self.close()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close the connection; calls under way end with ConnectionError. Idempotent."""
-        await self._reading.stop()
         self._break(ConnectionError("the connection was closed"))
 
     async def call(
@@ -74,7 +104,7 @@ class TtrpcClient:
         payload: bytes,
         *,
         timeout_s: float,
-        metadata: Mapping[str, str] | None = None,
+        metadata: Iterable[tuple[str, str]] = (),
     ) -> bytes:
         """Make a call; returns its serialized response.
 
@@ -88,53 +118,164 @@ class TtrpcClient:
             method=method,
             payload=payload,
             timeout_nano=int(timeout_s * 1e9),
-            metadata=[
-                request_pb2.KeyValue(key=key, value=value)
-                for key, value in (metadata or {}).items()
-            ],
+            metadata=_pairs(metadata),
         )
-        if self._broken is not None:
-            raise self._broken
-        # From here to the write nothing is awaited: stream ids grow in the order of the frames.
-        self._stream_id += 2
-        stream_id = self._stream_id
-        packed = Frame(stream_id, REQUEST, request.SerializeToString()).pack()
-        answer = self._answers[stream_id] = asyncio.get_running_loop().create_future()
+        stream_id = self._begin(request, 0)
+        answer = self._answers[stream_id]
         try:
             async with asyncio.timeout(timeout_s):
-                self._writer.write(packed)
-                await self._writer.drain()
+                await self._connection.drain()
                 response: request_pb2.Response = await answer
+        except (asyncio.CancelledError, TimeoutError):
+            if self._tells:
+                self._connection.send(Frame(stream_id, CANCEL).pack())
+            raise
         finally:
-            del self._answers[stream_id]
-            if answer.done() and not answer.cancelled():
-                answer.exception()  # it may have come too late for anybody to ask
+            self._forget(stream_id)
         if response.status.code:
-            raise CallFailed(response.status.code, response.status.message)
+            raise CallFailed(response.status)
         return response.payload
 
-    async def _read(self) -> None:
-        while True:
+    def stream(
+        self, service: str, method: str, *, metadata: Iterable[tuple[str, str]] = ()
+    ) -> ClientStream:
+        """Begin a call whose messages stream both ways.
+
+        Raises:
+            ConnectionError: as :meth:`call`.
+        """
+        request = request_pb2.Request(service=service, method=method, metadata=_pairs(metadata))
+        inbox = Inbox(self._connection)
+        stream_id = self._begin(request, REMOTE_OPEN)
+        self._inboxes[stream_id] = inbox
+        return ClientStream(self, stream_id, inbox, self._answers[stream_id])
+
+    async def send(self, frame: Frame) -> None:
+        """Send a frame of a stream.
+
+        Raises:
+            ConnectionError: the peer is gone.
+            MessageTooLarge: it would not be taken.
+        """
+        if self._broken is not None:
+            raise self._broken
+        self._connection.send(frame.pack())
+        await self._connection.drain()
+
+    def end(self, stream_id: int) -> None:
+        """Forget a stream; its peer is told to give it up if it still goes on."""
+        answer = self._answers.get(stream_id)
+        if answer is not None and not answer.done() and self._tells:
+            self._connection.send(Frame(stream_id, CANCEL).pack())
+        self._forget(stream_id)
+
+    def _begin(self, request: request_pb2.Request, flags: int) -> int:
+        if self._broken is not None:
+            raise self._broken
+        # Nothing is awaited here: stream ids grow in the order of the frames.
+        packed = Frame(self._stream_id + 2, REQUEST, request.SerializeToString(), flags).pack()
+        self._stream_id += 2
+        self._answers[self._stream_id] = asyncio.get_running_loop().create_future()
+        self._connection.send(packed)
+        return self._stream_id
+
+    def _forget(self, stream_id: int) -> None:
+        answer = self._answers.pop(stream_id, None)
+        self._inboxes.pop(stream_id, None)
+        if answer is not None and answer.done() and not answer.cancelled():
+            answer.exception()  # it may have come too late for anybody to ask
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == DATA:
+            inbox = self._inboxes.get(frame.stream_id)
+            if inbox is not None:
+                if not frame.flags & NO_DATA:
+                    inbox.put(frame.payload)
+                if frame.flags & REMOTE_CLOSED:
+                    self._answer(frame.stream_id, request_pb2.Response())
+        elif frame.kind == RESPONSE:
             try:
-                frame = await read_frame(self._reader)
-            except MessageTooLarge as error:
-                self._break(ConnectionError(str(error)))
-                return
-            if frame is None:
-                self._break(ConnectionError("the peer hung up"))
-                return
-            answer = self._answers.get(frame.stream_id)
-            if frame.kind != RESPONSE or answer is None or answer.done():
-                continue  # nobody waits for it any more
-            try:
-                answer.set_result(request_pb2.Response.FromString(frame.payload))
+                response = request_pb2.Response.FromString(frame.payload)
             except DecodeError:
                 self._break(ConnectionError("the peer's response cannot be decoded"))
                 return
+            self._answer(frame.stream_id, response)
+
+    def _answer(self, stream_id: int, response: request_pb2.Response) -> None:
+        answer = self._answers.get(stream_id)
+        if answer is not None and not answer.done():  # else nobody waits for it any more
+            answer.set_result(response)
+        if (inbox := self._inboxes.get(stream_id)) is not None:
+            inbox.end()
+
+    def _too_large(self, error: MessageTooLarge) -> None:
+        self._break(ConnectionError(str(error)))
+
+    def _hung_up(self) -> None:
+        self._break(ConnectionError("the peer hung up"))
 
     def _break(self, reason: ConnectionError) -> None:
         self._broken = self._broken or reason
-        self._writer.close()
+        self._connection.close()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(reason)
+        for inbox in self._inboxes.values():
+            inbox.end()
+
+
+class ClientStream:
+    """A call under way whose messages stream both ways."""
+
+    def __init__(
+        self,
+        client: TtrpcClient,
+        stream_id: int,
+        inbox: Inbox,
+        answer: asyncio.Future[request_pb2.Response],
+    ) -> None:
+        self._client = client
+        self._stream_id = stream_id
+        self._inbox = inbox
+        self._answer = answer
+
+    async def send(self, message: bytes) -> None:
+        """Send a message; after the call's end nothing happens.
+
+        Raises:
+            ConnectionError: the peer is gone.
+            MessageTooLarge: it would not be taken.
+        """
+        if not self._answer.done():
+            await self._client.send(Frame(self._stream_id, DATA, message))
+
+    async def end(self) -> None:
+        """Send no more.
+
+        Raises:
+            ConnectionError: the peer is gone.
+        """
+        if not self._answer.done():
+            await self._client.send(Frame(self._stream_id, DATA, b"", REMOTE_CLOSED | NO_DATA))
+
+    async def receive(self) -> bytes | None:
+        """The next message; None at the call's end.
+
+        Raises:
+            CallFailed: the peer refused, or ended the call with a failure.
+            ConnectionError: it is gone.
+        """
+        message = await self._inbox.get()
+        if message is None:
+            response = await self._answer
+            if response.status.code:
+                raise CallFailed(response.status)
+        return message
+
+    def close(self) -> None:
+        """Give the call up, if it still goes on. Idempotent."""
+        self._client.end(self._stream_id)
+
+
+def _pairs(metadata: Iterable[tuple[str, str]]) -> list[request_pb2.KeyValue]:
+    return [request_pb2.KeyValue(key=key, value=value) for key, value in metadata]

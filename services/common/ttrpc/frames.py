@@ -5,19 +5,25 @@
     kind                    8 bits: request, response, data
     flags                   8 bits, for streams: see below
 
-A unary call is one request and one response. A message of more than 4 MiB is refused, its bytes
-skipped; the connection goes on.
+A unary call is one request and one response. A call that streams has data frames in between, in
+either direction. A message of more than 4 MiB is refused, its bytes skipped; the connection goes
+on.
 """
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MESSAGE_MAX_BYTES = 4 << 20
 
 REQUEST, RESPONSE, DATA = 1, 2, 3
+CANCEL = 0x80
+"""Ours: the client gives the call up. Others pass over kinds that they do not know."""
 
 REMOTE_CLOSED = 0x1
 """The sender sends no more on this stream."""
@@ -27,7 +33,6 @@ NO_DATA = 0x4
 """The frame carries no message, as opposed to an empty one."""
 
 _HEADER = struct.Struct(">IIBB")
-_SKIP_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +66,40 @@ class MessageTooLarge(Exception):
         self.stream_id = stream_id
 
 
-async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
-    """The next frame; None when the peer is gone.
+class FrameBuffer:
+    """Makes frames of a connection's bytes, however they arrive.
 
-    Raises:
-        MessageTooLarge: it was skipped.
+    Attributes:
+        alien: these bytes are no frames; gRPC's first are recognised by their kind, zero.
     """
-    try:
-        length, stream_id, kind, flags = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-        if length > MESSAGE_MAX_BYTES:
-            await _skip(reader, length)
-            raise MessageTooLarge(stream_id, length)
-        payload = await reader.readexactly(length) if length else b""
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    return Frame(stream_id, kind, payload, flags)
 
+    def __init__(self) -> None:
+        self.alien = False
+        self._rest = b""
+        self._skip_bytes = 0
 
-async def _skip(reader: asyncio.StreamReader, length: int) -> None:
-    while length > 0:
-        length -= len(await reader.readexactly(min(length, _SKIP_BYTES)))
+    def feed(self, data: bytes) -> Iterator[Frame | MessageTooLarge]:
+        """Take bytes in; gives the frames that they complete, and what was skipped."""
+        data = self._rest + data if self._rest else data
+        position = 0
+        while True:
+            if self._skip_bytes:
+                skipped = min(self._skip_bytes, len(data) - position)
+                self._skip_bytes -= skipped
+                position += skipped
+            begin = position + _HEADER.size
+            if begin > len(data):
+                break
+            length, stream_id, kind, flags = _HEADER.unpack_from(data, position)
+            if kind == 0:
+                self.alien = True
+                return
+            if length > MESSAGE_MAX_BYTES:
+                position, self._skip_bytes = begin, length
+                yield MessageTooLarge(stream_id, length)
+                continue
+            if begin + length > len(data):
+                break
+            position = begin + length
+            yield Frame(stream_id, kind, data[begin:position], flags)
+        self._rest = data[position:]

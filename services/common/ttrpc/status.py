@@ -38,11 +38,3 @@ CODES: dict[type[errors.TheseusError], int] = {
 def code_of(error: errors.TheseusError) -> int:
     """The code of the nearest class of ``error`` that has one."""
     return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), INTERNAL)
-
-
-_CLASSES = {code: kind for kind, code in CODES.items()}
-
-
-def error_of(code: int, message: str) -> errors.TheseusError:
-    """The exception that a peer of ours raised, or the nearest to what another program meant."""
-    return _CLASSES.get(code, errors.Internal)(message or f"status {code} without a message")

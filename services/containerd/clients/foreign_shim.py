@@ -16,15 +16,14 @@ from google.protobuf.message import DecodeError
 
 from services.common.client import connect
 from services.common.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
-from services.common.rpc_errors import translated
+from services.common.rpc_errors import error_of, translated
 from services.common.ttrpc.client import CallFailed, TtrpcClient
 from services.common.ttrpc.frames import MessageTooLarge
-from services.common.ttrpc.status import error_of
 from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.clients.shim import ShimClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
 
     from google.protobuf.message import Message
 
@@ -88,7 +87,7 @@ class ForeignShim(SandboxApiClient):
         """As ``Shim.metrics``: it has none."""
         return b""
 
-    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
+    async def attach(self) -> Attachment:
         """As ``Shim.attach``; refused."""
         self._refuse("keeps output to be attached to")
 
@@ -98,7 +97,7 @@ class ForeignShim(SandboxApiClient):
         if self._channel is not None:
             await self._channel.close()
         if self._connection is not None:
-            await self._connection.close()
+            self._connection.close()
 
     async def _invoke(
         self, method: str, request: Message, answer: type[Answer], timeout_s: float
@@ -122,11 +121,11 @@ class ForeignShim(SandboxApiClient):
                 name,
                 request.SerializeToString(),
                 timeout_s=timeout_s,
-                metadata={_NAMESPACE_KEY: self._namespace},
+                metadata=[(_NAMESPACE_KEY, self._namespace)],
             )
             return answer.FromString(data)
         except CallFailed as error:
-            raise error_of(error.code, str(error)) from None
+            raise error_of(error.status) from None
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the shim of task '{self._id}' did not answer {method} within {timeout_s:g} s"
@@ -141,7 +140,7 @@ class ForeignShim(SandboxApiClient):
     async def _connected(self) -> TtrpcClient:
         async with self._connecting:
             if self._connection is not None and self._connection.broken:
-                await self._connection.close()
+                self._connection.close()
                 self._connection = None
             if self._connection is None:
                 self._connection = await TtrpcClient.connect(self._path)

@@ -6,21 +6,24 @@ directions, at the pace of the slower side. A call that is cancelled is cancelle
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from protos.theseus.shim.v1 import streams_pb2 as pb
-from services.common.errors import InvalidArgument
+from services.common.background import Background
+from services.common.errors import InvalidArgument, Unavailable
 from services.common.server import request_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
 
     from services.common.draining import Draining
     from services.containerd.rpc.context import Context
     from services.containerd.tasks.manager import TaskManager
+    from services.containerd.tasks.shim import Attachment
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Streams"].full_name
 
@@ -37,17 +40,13 @@ class StreamsService:
     ) -> AsyncIterator[bytes]:
         """See the contract. Messages are serialized ones."""
         first = await anext(request_iterator, None)
-        container_id = _container(first)
-        attachment = await self._tasks.attach(
-            request_namespace(context),
-            container_id,
-            _again(first or b"", request_iterator),
-            timeout_s=context.time_remaining(),
-        )
+        attachment = await self._tasks.attach(request_namespace(context), _container(first))
         # Not a finally: a call that is cancelled during a write leaves this generator hanging.
-        context.add_done_callback(lambda _: attachment.cancel())  # type: ignore[arg-type]  # its stub
-        async with self._draining.endless():
-            async for response in attachment:
+        context.add_done_callback(lambda _: attachment.close())  # type: ignore[arg-type]  # its stub
+        async with self._draining.endless(), Background() as background:
+            await attachment.send(first or b"")
+            background.start(_pass_on(request_iterator, attachment), name="requests of an attach")
+            while (response := await attachment.receive()) is not None:
                 yield response
 
 
@@ -72,7 +71,8 @@ def _container(first: bytes | None) -> str:
     return request.start.container_id
 
 
-async def _again(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    yield first
-    async for message in rest:
-        yield message
+async def _pass_on(requests: AsyncIterator[bytes], attachment: Attachment) -> None:
+    with suppress(Unavailable):  # whoever reads the responses sees it too
+        async for message in requests:
+            await attachment.send(message)
+        await attachment.end()

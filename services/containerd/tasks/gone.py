@@ -20,7 +20,7 @@ from services.containerd.tasks.shim import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from services.containerd.tasks.shim import (
         Attachment,
@@ -192,7 +192,7 @@ class GoneShim:
         """As ``Shim.metrics``: nothing is measured."""
         return b""
 
-    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
+    async def attach(self) -> Attachment:
         """As ``Shim.attach``; refused: what was not logged went with the shim."""
         self._refuse()
 

@@ -43,7 +43,7 @@ from services.containerd.tasks.shim import (
 from services.containerd.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from services.common.mounts import Mount
     from services.containerd.containers.store import Container, ContainerStore
@@ -303,17 +303,10 @@ class TaskManager:
             await known.change(timeout_s=pause_s)
             pause_s = min(pause_s * 2, _WAIT_AGAIN_MAX_S)
 
-    async def attach(
-        self,
-        namespace: str,
-        container_id: str,
-        requests: AsyncIterator[bytes],
-        *,
-        timeout_s: float | None,
-    ) -> Attachment:
+    async def attach(self, namespace: str, container_id: str) -> Attachment:
         """Begin a ``Streams.Attach`` of a task's shim, its messages unparsed."""
         shim = await self._shims.get(namespace, container_id).ready()
-        return shim.attach(requests, timeout_s=timeout_s)
+        return await shim.attach()
 
     async def _launch(
         self, launcher: ShimLauncher, known: KnownShim, options: TypedValue | None = None

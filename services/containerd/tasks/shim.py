@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from services.common.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from services.common.mounts import Mount
@@ -104,11 +104,21 @@ class ShimInfo:
 
 
 class Attachment(Protocol):
-    """One call of ``theseus.shim.v1.Streams.Attach``; iteration gives its responses, unparsed."""
+    """One call of ``theseus.shim.v1.Streams.Attach``, its messages unparsed.
 
-    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    Its methods raise what the shim failed with, and ``Unavailable`` once it is gone.
+    """
 
-    def cancel(self) -> None:
+    async def send(self, message: bytes) -> None:
+        """Send a request; once the call has ended nothing happens."""
+
+    async def end(self) -> None:
+        """Send no more."""
+
+    async def receive(self) -> bytes | None:
+        """The next response; None at the call's end."""
+
+    def close(self) -> None:
         """End the call, wherever it is. Idempotent."""
 
 
@@ -283,8 +293,8 @@ class Shim(Protocol):
     async def metrics(self) -> bytes:
         """The shim's page of metrics, in Prometheus' text format."""
 
-    def attach(self, requests: AsyncIterator[bytes], *, timeout_s: float | None) -> Attachment:
-        """Begin a call of ``theseus.shim.v1.Streams.Attach``, its messages unparsed."""
+    async def attach(self) -> Attachment:
+        """Begin a call of ``theseus.shim.v1.Streams.Attach``; the caller closes it."""
 
     async def close(self) -> None:
         """Give up the connection. Idempotent; the shim does not notice."""

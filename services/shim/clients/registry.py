@@ -1,10 +1,10 @@
 """Keeps a shim registered with containerd, for ever, and delivers the events of its spool.
 
-The stream is opened as soon as the shim serves, and again whenever it breaks. Whether containerd is
-there again is found out with a plain connect, which costs nothing, before gRPC is bothered; a watch
-on the socket's directory wakes a waiting shim the moment that a socket appears there, a growing
-pause does where a watch cannot (an address in use by a process that is going away). There is a
-watch only while there is no registration: most shims never need one.
+The stream is opened as soon as the shim serves, and again whenever it breaks: by ttrpc on the
+socket beside containerd's, or by gRPC on the socket itself where containerd is of an older version,
+which has no register there. A watch on the sockets' directory wakes a waiting shim the moment that
+one appears there, a growing pause does where a watch cannot (an address in use by a process that is
+going away). There is a watch only while there is no registration: most shims never need one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc
+from protos.theseus.shim.v1 import registry_pb2
 from services.common.client import connect
+from services.common.errors import TheseusError, Unimplemented
+from services.common.message_stream import GrpcStream
+from services.common.peer import Peer
 from services.shim.clients.appearance import Appearance
 from services.shim.clients.events import pack, timestamp
 
@@ -25,14 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from services.common.message_stream import MessageStream
     from services.shim.metrics import ShimMetrics
     from services.shim.spool import Spool
-
-    _Call = grpc.aio.StreamStreamCall[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
 
 log = structlog.get_logger(__name__)
 
 PROTOCOL = 1
+_METHOD = "theseus.shim.v1.Registry/Register"
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_LAST_S = 1.0
 _WELCOME_LIMIT_S = 10.0
@@ -53,7 +56,6 @@ class RegistryClient:
         metrics: counts registrations.
         epoch: highest epoch seen by an earlier process of this shim.
         epoch_seen: called when a higher one was seen, to keep it.
-        make_channel: connects to a socket.
     """
 
     def __init__(
@@ -65,26 +67,24 @@ class RegistryClient:
         metrics: ShimMetrics,
         epoch: int,
         epoch_seen: Callable[[int], None],
-        make_channel: Callable[[Path], Any] = connect,
     ) -> None:
         self.epoch = epoch
         self.registered = False
         self._address = address
+        self._peer = Peer(address.with_name(f"{address.name}.ttrpc"))
         self._appearance = Appearance(address)
         self._hello = hello
         self._spool = spool
         self._metrics = metrics
         self._epoch_seen = epoch_seen
-        self._make_channel = make_channel
 
     async def run(self) -> None:
         """Stay registered until cancelled."""
         backoff_s = _BACKOFF_FIRST_S
         try:
             while True:
-                if await self._is_there():
-                    welcomed = await self._register()
-                    backoff_s = _BACKOFF_FIRST_S if welcomed else backoff_s
+                welcomed = await self._register()
+                backoff_s = _BACKOFF_FIRST_S if welcomed else backoff_s
                 # What appeared before there was a watch is found after the first, short pause.
                 self._appearance.open()
                 await self._appearance.wait(backoff_s)
@@ -92,7 +92,28 @@ class RegistryClient:
         finally:
             self._appearance.close()
 
+    async def _register(self) -> bool:
+        """One registration, to its end; returns whether it was ever welcomed."""
+        try:
+            return await self._go_through(await self._peer.stream(_METHOD))
+        except Unimplemented:
+            pass
+        except TheseusError:  # nobody listens; perhaps an older containerd does
+            pass
+        return await self._register_with_older()
+
+    async def _register_with_older(self) -> bool:
+        if not await self._is_there():
+            return False
+        channel = connect(self._address)
+        try:
+            method: Any = channel.stream_stream(f"/{_METHOD}")  # no serializers: bytes both ways
+            return await self._go_through(GrpcStream(method()))
+        finally:
+            await channel.close()
+
     async def _is_there(self) -> bool:
+        """Whether somebody listens: gRPC holds on to a Hello until one does, and it gets old."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
@@ -102,31 +123,36 @@ class RegistryClient:
                 return False
         return True
 
-    async def _register(self) -> bool:
-        """One registration, to its end; returns whether it was ever welcomed."""
+    async def _go_through(self, stream: MessageStream) -> bool:
+        """A registration on a stream that has just begun."""
         welcomed = False
-        channel = self._make_channel(self._address)
         try:
-            call = registry_pb2_grpc.RegistryStub(channel).Register()
-            welcome = await self._welcome(call)
+            welcome = await self._welcome(stream)
             welcomed = True
             self._accept(welcome)
-            await self._deliver(call)
+            await self._deliver(stream)
+        except Unimplemented:
+            raise
         except _Refused as refused:
             log.warning("registration refused", reason=str(refused))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, OSError) as error:
-            log.info("registration ended", error=_in_words(error), welcomed=welcomed)
+        except TheseusError as error:
+            log.info("registration ended", error=error.message, welcomed=welcomed)
         finally:
             self.registered = False
-            await channel.close()
+            stream.close()
         return welcomed
 
-    async def _welcome(self, call: _Call) -> registry_pb2.Welcome:
-        async with asyncio.timeout(_WELCOME_LIMIT_S):
-            await call.write(registry_pb2.RegisterRequest(hello=self._hello()))
-            response = await call.read()
-        if not isinstance(response, registry_pb2.RegisterResponse):  # EOF
+    async def _welcome(self, stream: MessageStream) -> registry_pb2.Welcome:
+        try:
+            async with asyncio.timeout(_WELCOME_LIMIT_S):
+                hello = registry_pb2.RegisterRequest(hello=self._hello())
+                await stream.send(hello.SerializeToString())
+                answer = await stream.receive()
+        except TimeoutError:
+            raise _Refused(f"containerd said nothing within {_WELCOME_LIMIT_S:g} s") from None
+        if answer is None:
             raise _Refused("containerd ended the stream without a welcome")
+        response = _response(answer)
         if response.WhichOneof("message") != "welcome":
             raise _Refused("containerd's first message is not a welcome")
         return response.welcome
@@ -149,8 +175,8 @@ class RegistryClient:
         self._appearance.close()
         log.info("registered", containerd_id=welcome.containerd_id, epoch=welcome.epoch)
 
-    async def _deliver(self, call: _Call) -> None:
-        both = [asyncio.create_task(self._receive(call)), asyncio.create_task(self._send(call))]
+    async def _deliver(self, stream: MessageStream) -> None:
+        both = [asyncio.create_task(self._receive(stream)), asyncio.create_task(self._send(stream))]
         try:
             done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -160,29 +186,30 @@ class RegistryClient:
         for task in done:
             task.result()
 
-    async def _receive(self, call: _Call) -> None:
-        while isinstance(response := await call.read(), registry_pb2.RegisterResponse):
+    async def _receive(self, stream: MessageStream) -> None:
+        while (answer := await stream.receive()) is not None:
+            response = _response(answer)
             if response.WhichOneof("message") == "ack":
                 self._spool.acknowledge(response.ack.seq)
 
-    async def _send(self, call: _Call) -> None:
+    async def _send(self, stream: MessageStream) -> None:
         sent = self._spool.acked_seq
         while True:
             spooled = await self._spool.next(sent)
-            await call.write(
-                registry_pb2.RegisterRequest(
-                    event=registry_pb2.Event(
-                        seq=spooled.seq,
-                        timestamp=timestamp(spooled.timestamp_ns),
-                        topic=spooled.event.topic,
-                        event=pack(spooled.event),
-                    )
+            request = registry_pb2.RegisterRequest(
+                event=registry_pb2.Event(
+                    seq=spooled.seq,
+                    timestamp=timestamp(spooled.timestamp_ns),
+                    topic=spooled.event.topic,
+                    event=pack(spooled.event),
                 )
             )
+            await stream.send(request.SerializeToString())
             sent = spooled.seq
 
 
-def _in_words(error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__
+def _response(message: bytes) -> registry_pb2.RegisterResponse:
+    try:
+        return registry_pb2.RegisterResponse.FromString(message)
+    except DecodeError as error:
+        raise _Refused("containerd said what cannot be decoded") from error

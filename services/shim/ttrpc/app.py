@@ -19,7 +19,7 @@ import structlog
 from services.common import VERSION, linux
 from services.common import log as logs
 from services.common.background import Background
-from services.common.ttrpc.server import TtrpcServer
+from services.common.ttrpc.server import TtrpcServer, methods
 from services.shim.bundle import Bundle
 from services.shim.home import Home
 from services.shim.measures import Unmeasured
@@ -87,7 +87,7 @@ class TtrpcShim:
             for signum in _FINAL_SIGNALS:
                 loop.add_signal_handler(signum, _signalled, signum, tasks)
             reaper.start()
-            server = TtrpcServer(services(StockTaskApi(tasks, home=bundle.path)))
+            server = TtrpcServer(methods(services(StockTaskApi(tasks, home=bundle.path))))
             await server.start(listener)
             log.info("shim serves", socket=self._path, pid=os.getpid(), version=VERSION)
             events = EventForwarder(

@@ -20,10 +20,10 @@ from services.common.ttrpc.frames import (
     REQUEST,
     RESPONSE,
     Frame,
+    FrameBuffer,
     MessageTooLarge,
-    read_frame,
 )
-from services.common.ttrpc.server import CALLS_MAX, Method, TtrpcServer
+from services.common.ttrpc.server import CALLS_MAX, Method, TtrpcServer, methods
 
 SERVICE = "test.Service"
 
@@ -72,7 +72,7 @@ async def path(handlers, tmp_path):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "s"))
     listener.listen()
-    server = TtrpcServer(handlers.services())
+    server = TtrpcServer(methods(handlers.services()))
     await server.start(listener)
     yield tmp_path / "s"
     await server.stop()
@@ -82,6 +82,12 @@ async def ask(client, method, value="", *, service=SERVICE, timeout_s=5.0):
     payload = wrappers_pb2.StringValue(value=value).SerializeToString()
     answer = await client.call(service, method, payload, timeout_s=timeout_s)
     return wrappers_pb2.StringValue.FromString(answer).value
+
+
+async def read_frame(reader):
+    head = await reader.readexactly(10)
+    length, stream_id, kind, flags = struct.unpack(">IIBB", head)
+    return Frame(stream_id, kind, await reader.readexactly(length), flags)
 
 
 class Raw:
@@ -98,7 +104,6 @@ class Raw:
 
     async def receive(self):
         frame = await read_frame(self.reader)
-        assert frame is not None
         assert (frame.kind, frame.flags) == (RESPONSE, 0)
         return frame.stream_id, request_pb2.Response.FromString(frame.payload).status
 
@@ -115,18 +120,24 @@ def test_a_frame_has_ten_bytes_of_header():
     assert frame.pack() == struct.pack(">IIBB", 7, 3, 2, 5) + b"payload"
 
 
-async def test_frames_are_read_whole_however_they_arrive():
-    reader = asyncio.StreamReader()
-    data = Frame(1, REQUEST, b"a" * 300).pack() + Frame(3, DATA).pack()
-    waiting = asyncio.create_task(read_frame(reader))
-    for start in range(0, len(data), 7):
-        reader.feed_data(data[start : start + 7])
-        await asyncio.sleep(0)
-    assert await waiting == Frame(1, REQUEST, b"a" * 300)
-    assert await read_frame(reader) == Frame(3, DATA)
-    reader.feed_data(data[:5])
-    reader.feed_eof()
-    assert await read_frame(reader) is None
+def test_frames_are_read_whole_however_they_arrive():
+    frames = [Frame(1, REQUEST, b"a" * 300), Frame(3, DATA), Frame(5, DATA, b"b")]
+    data = b"".join(frame.pack() for frame in frames)
+    for size in (1, 7, 10, 313, len(data)):
+        buffer = FrameBuffer()
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        assert [frame for piece in pieces for frame in buffer.feed(piece)] == frames
+
+
+def test_a_large_message_is_skipped_however_it_arrives():
+    length = MESSAGE_MAX_BYTES + 1
+    data = struct.pack(">IIBB", length, 7, REQUEST, 0) + bytes(length) + Frame(9, DATA).pack()
+    for size in (1 << 16, len(data)):
+        buffer = FrameBuffer()
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        error, frame = [found for piece in pieces for found in buffer.feed(piece)]
+        assert isinstance(error, MessageTooLarge)
+        assert (error.stream_id, frame) == (7, Frame(9, DATA))
 
 
 def test_a_message_that_is_too_large_is_not_sent():

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
+from prometheus_client import CollectorRegistry
 
 from protos.containerd.events import task_pb2
 from protos.containerd.runtime.bootstrap.v1 import bootstrap_pb2
@@ -27,14 +28,16 @@ from services.common.errors import (
     Unavailable,
     Unimplemented,
 )
+from services.common.metrics import ServerMetrics
 from services.common.ttrpc.client import CallFailed, TtrpcClient
-from services.common.ttrpc.server import Method, TtrpcServer
+from services.common.ttrpc.server import Method, TtrpcServer, methods
 from services.containerd.clients.foreign_shim import ForeignShim, connect_shim
 from services.containerd.clients.shim import ShimClient
 from services.containerd.clients.shim_program import ShimPrograms, address_of
 from services.containerd.events.exchange import Exchange
 from services.containerd.rpc.events import event_field
-from services.containerd.rpc.shim_events import SERVICE, ShimEvents, ShimEventsServer
+from services.containerd.rpc.shim_events import SERVICE, ShimEvents
+from services.containerd.rpc.shim_socket import ShimSocket
 from services.containerd.tasks.bundle import Bundle
 from services.containerd.tasks.factory import ShimStartFailed
 from services.containerd.tasks.foreign import ForeignRuntimes, program_name, socket_of
@@ -225,12 +228,12 @@ class Task(shim_pb2_grpc.TaskServicer):
 @asynccontextmanager
 async def ttrpc_shim(path: Path, version: str) -> AsyncIterator[str]:
     task = Task()
-    methods = {
+    table = {
         "Connect": Method(shim_pb2.ConnectRequest, task.Connect),
         "Wait": Method(shim_pb2.WaitRequest, task.Wait),
         "Kill": Method(shim_pb2.KillRequest, task.Kill),
     }
-    server = TtrpcServer({f"containerd.task.v{version}.Task": methods})
+    server = TtrpcServer(methods({f"containerd.task.v{version}.Task": table}))
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -321,15 +324,20 @@ async def test_events_of_shims_come_in_by_ttrpc(tmp_path: Path) -> None:
     path = tmp_path / "c.ttrpc"
     async with open_metadata(tmp_path) as meta:
         events = ShimEvents(shims, Exchange(meta.db, meta.journal, event_field))
+        metrics = ServerMetrics(CollectorRegistry())
+
+        def serve() -> ShimSocket:
+            return ShimSocket(tmp_path / "c", shims=shims, events=events, metrics=metrics)
+
         async with (
-            ShimEventsServer(path, events),
+            serve(),
             await TtrpcClient.connect(path) as client,
         ):
             for container_id in ("c1", "c2"):
                 await client.call(SERVICE, "Forward", request(container_id), timeout_s=5)
             with pytest.raises(CallFailed, match="needs its timestamp"):
                 await client.call(SERVICE, "Forward", request("c1", 0), timeout_s=5)
-            async with ShimEventsServer(path, events):
+            async with serve():
                 pass  # a successor came and went: the socket is its own to take away
             assert not path.exists()
         assert [event.topic for event in shims.events] == ["/tasks/paused"]

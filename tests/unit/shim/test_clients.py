@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,6 @@ from protos.containerd.events import task_pb2
 from services.shim import events
 from services.shim.clients.appearance import Appearance
 from services.shim.clients.events import pack
-from services.shim.clients.shared import SharedChannel
 from services.shim.events import Event
 from services.shim.metrics import ShimMetrics
 
@@ -126,36 +124,3 @@ def test_metrics_page_has_the_shims_figures():
     assert 'theseus_shim_output_lines_total{stream="stdout"} 2.0' in page
     assert 'theseus_shim_dropped_bytes_total{stream="stderr"} 7.0' in page
     assert "theseus_shim_generation 0.0" in page
-
-
-class FakeChannel:
-    def __init__(self, path):
-        self.path = path
-        self.closed = 0
-
-    def stream_stream(self, *_arguments):
-        return self
-
-    async def close(self):
-        self.closed += 1
-
-
-async def test_a_channel_is_shared_until_one_lets_go_and_closed_by_the_last():
-    made = []
-
-    def make(path):
-        made.append(FakeChannel(path))
-        return made[-1]
-
-    shared = SharedChannel(make)
-    first, second = shared(Path("/r")), shared(Path("/r"))
-    assert first.stream_stream() is second.stream_stream() is made[0]
-    await first.close()
-    await first.close()
-    assert made[0].closed == 0
-    third = shared(Path("/r"))  # the first may have found it broken
-    assert third.stream_stream() is made[1]
-    await second.close()
-    assert [channel.closed for channel in made] == [1, 0]
-    await third.close()
-    assert [channel.closed for channel in made] == [1, 1]
