@@ -90,6 +90,12 @@ class Bundle:
         return data if isinstance(data, dict) else {}
 
 
+def has_hooks(spec: Mapping[str, Any]) -> bool:
+    """Whether programs are to be run at points of the container's life."""
+    hooks = spec.get("hooks")
+    return any(hooks.values()) if isinstance(hooks, dict) else bool(hooks)
+
+
 def has_own_pid_namespace(spec: Mapping[str, Any]) -> bool:
     """Whether the container's init is init of a pid namespace: its end then ends all the others."""
     namespaces = (spec.get("linux") or {}).get("namespaces") or ()

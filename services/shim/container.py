@@ -113,11 +113,13 @@ class Container:
         began = time.monotonic()
         if self._image is not None:
             self._need_checkpoints()
-        self.exits.own_pid_namespace = bundles.has_own_pid_namespace(self.bundle.read_spec())
+        spec = self.bundle.read_spec()
+        self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)
+        self.exits.has_hooks = bundles.has_hooks(spec)
         async with AsyncExitStack() as undo:
             if self._rootfs:
                 await asyncio.to_thread(self._mount)
-                undo.push_async_callback(_tolerated, self._unmount)
+                undo.push_async_callback(_tolerated, self.unmount)
             self.init.io = await around.open_io(self.id, self.init.stdio)
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
@@ -305,7 +307,12 @@ class Container:
     async def clean_up(self, *, force: bool) -> None:
         """Have the runtime forget the container, and unmount its root file system."""
         await self.runtime.delete(force=force)
-        await self._unmount()
+        await self.unmount()
+
+    async def unmount(self) -> None:
+        """Unmount the root file system."""
+        if self._rootfs:
+            await asyncio.to_thread(mounts.unmount, self.bundle.rootfs)
 
     def state(self) -> dict[str, object]:
         """What a successor of this process has to know; goes into ``state.json``."""
@@ -317,6 +324,7 @@ class Container:
             "options": asdict(self.options) | {"root": str(self.options.root)},
             "rootfs": [asdict(mount) for mount in self._rootfs],
             "own_pid_namespace": self.exits.own_pid_namespace,
+            "has_hooks": self.exits.has_hooks,
             "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
             "oom_kills": self.exits.oom_kills,
             "image": self._image.state() if self._image is not None else None,
@@ -355,6 +363,7 @@ class Container:
     def unpack(self, saved: Mapping[str, Any]) -> None:
         """Become what ``saved`` describes, its output paused; ``pack`` or ``state`` made it."""
         self.exits.own_pid_namespace = saved["own_pid_namespace"]
+        self.exits.has_hooks = saved.get("has_hooks", True)  # an earlier version does not say
         self.exits.oom_kills = saved["oom_kills"]
         if saved.get("image") is not None:  # an earlier version has none
             self._image = checkpoint.CheckpointImage.unpack(saved["image"])
@@ -475,10 +484,6 @@ class Container:
     def _mount(self) -> None:
         self.bundle.rootfs.mkdir(mode=0o711, exist_ok=True)
         mounts.mount_all(self._rootfs, self.bundle.rootfs)
-
-    async def _unmount(self) -> None:
-        if self._rootfs:
-            await asyncio.to_thread(mounts.unmount, self.bundle.rootfs)
 
     async def _force_delete(self) -> None:
         await self.runtime.delete(force=True)

@@ -8,8 +8,9 @@ Rules that the order of lines below keeps:
   are told, before it.
 * The exit record is on the spool first; then what is left in the pipes goes to the log (so that
   whoever hears of the exit finds the log complete), and then it is told.
-* The runtime's ``delete`` and the unmounting happen after that, on their own; Delete waits for them
-  and repeats what failed.
+* The runtime's ``delete`` and the unmounting happen after that, on their own. Delete waits for the
+  unmounting, and where there are hooks, which ``delete`` runs, or where nobody would finish it, for
+  both; it repeats what has failed by then.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Exits:
 
     Attributes:
         own_pid_namespace: the end of init is that of all others.
+        has_hooks: programs are to be run when the runtime deletes the container.
         init_is_gone: init has ended, whether or not that was told yet.
         oom_kills: how many the kernel killed for lack of memory, as far as was told.
     """
@@ -56,12 +58,14 @@ class Exits:
         self, container: Container, around: Surroundings, changed: Callable[[], None]
     ) -> None:
         self.own_pid_namespace = False
+        self.has_hooks = True
         self.init_is_gone = False
         self.oom_kills = 0
         self._container = container
         self._around = around
         self._changed = changed
         self._cleanup: asyncio.Task[None] | None = None
+        self._forgetting: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
 
     @property
@@ -76,12 +80,32 @@ class Exits:
         return partial(self._exec_ended, process)
 
     async def finish_cleanup(self) -> None:
-        """Wait for what init's exit began; do it again if it failed, and raise if that fails."""
-        if self._cleanup is not None:
-            done, _ = await asyncio.wait([self._cleanup])
-            if not next(iter(done)).cancelled() and next(iter(done)).exception() is None:
-                return
-        await self._container.clean_up(force=True)
+        """Wait for what init's exit began, as far as Delete has to; afterwards see ``forgotten``.
+
+        What has failed is done again, and raised if it fails again.
+        """
+        begun = self._cleanup is not None and await _succeeded(self._cleanup)
+        if begun and (self._forgetting is None or not self._forgetting.done()):
+            return
+        if not begun or not await _succeeded(self._forgetting):
+            await _succeeded(self._forgetting)  # one call of the runtime after the other
+            await self._container.clean_up(force=True)
+        self._forgetting = None
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether the runtime knows nothing of the container any more; after ``finish_cleanup``."""
+        return self._forgetting is None
+
+    async def forgotten(self) -> None:
+        """Wait until the runtime has forgotten the container; tried again if that failed.
+
+        Raises:
+            TheseusError: it failed again.
+        """
+        if not await _succeeded(self._forgetting):
+            await self._container.runtime.delete(force=True, hurry=False)
+        self._forgetting = None
 
     def _init_ended(self, ended: Exit) -> None:
         self.init_is_gone = True
@@ -103,7 +127,12 @@ class Exits:
                 log.error("processes of the container do not die", container_id=self._container.id)
         await self._wait_for_execs()
         await self._handle_exit(self._container.init, ended)
-        self._cleanup = self._do(self._container.clean_up(force=False), name="clean up")
+        if self.has_hooks or not self._around.forgets_behind:
+            self._cleanup = self._do(self._container.clean_up(force=False), name="clean up")
+        else:
+            self._cleanup = self._do(self._container.unmount(), name="unmount")
+            forgetting = self._container.runtime.delete(force=False, hurry=False)
+            self._forgetting = self._do(forgetting, name="delete")
 
     async def _wait_for_execs(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -148,3 +177,11 @@ class Exits:
         self.oom_kills = kills
         self._around.events.emit(Event(events.TASK_OOM, {"container_id": self._container.id}))
         return True
+
+
+async def _succeeded(task: asyncio.Task[None] | None) -> bool:
+    """Whether a task comes to a good end; it is logged if not."""
+    if task is None:
+        return True
+    await asyncio.wait([task])
+    return not task.cancelled() and task.exception() is None

@@ -17,6 +17,7 @@ from services.common import linux
 from services.common.errors import FailedPrecondition, Unavailable
 from services.shim import events
 from services.shim.handover import named, renamed
+from services.shim.process import Status
 from services.shim.stdio import meter
 from services.shim.stdio.meter import Meter
 
@@ -51,7 +52,9 @@ async def read_legacy(bundle: Bundle, keeping: Keeping, lost: Lost) -> dict[str,
     try:
         exits = _exits(bundle)
         containers = [
-            _container(entry, held, exits, lost) for entry in state.get("containers") or ()
+            _container(entry, held, exits, lost)
+            for entry in state.get("containers") or ()
+            if not _is_deleted(entry)
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FailedPrecondition(f"{bundle.path}/state.json makes no sense: {error!r}") from error
@@ -66,6 +69,11 @@ async def read_legacy(bundle: Bundle, keeping: Keeping, lost: Lost) -> dict[str,
         "shutdown": False,
         "emptied": False,
     }
+
+
+def _is_deleted(entry: Mapping[str, Any]) -> bool:
+    """Whether only the runtime is left to be told of a container's end: containerd does that."""
+    return any(not p["exec_id"] and p["status"] == Status.DELETED for p in entry["processes"])
 
 
 def _container(

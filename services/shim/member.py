@@ -75,6 +75,7 @@ class Member:
                 metrics=metrics,
                 background=background,
                 keeping=self.keeping,
+                forgets_behind=True,
             ),
         )
         self.registry = RegistryClient(

@@ -148,6 +148,7 @@ class Hosting:
             )
         else:
             await member.spool.emptied()
+        await self._tasks.forgotten(container_id)
         if self._members.get(container_id) is not member:  # another call saw it off meanwhile
             return
         last = len(self._members) == 1

@@ -27,6 +27,8 @@ class Surroundings:
         metrics: what is counted.
         background: owns what goes on by itself.
         keeping: holds descriptors for a successor.
+        forgets_behind: Delete answers before the runtime has deleted a container: who takes the
+            home away waits for that, and finishes it if this process dies.
     """
 
     namespace: str
@@ -35,6 +37,7 @@ class Surroundings:
     metrics: Measures
     background: Background
     keeping: Keeping = field(default_factory=lambda: Keeping(None, ""))
+    forgets_behind: bool = False
 
     async def open_io(self, container_id: str, stdio: Stdio) -> ProcessIo:
         """The streams of a new process, as ``stdio`` asks for them; raises as ``open_io``."""

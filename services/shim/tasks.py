@@ -2,6 +2,10 @@
 
 Calls that change something run to their end even when their caller gives up: a half-created
 container would be nobody's. The caller, or its successor, asks for the state.
+
+A container that is deleted may still be known to the runtime for a moment. Until it is not it
+stays in the state file, as deleted: whoever finds it there, should this process die, has only the
+runtime to tell.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from services.common.errors import AlreadyExists, InvalidArgument, NotFound
+from services.common.errors import AlreadyExists, InvalidArgument, NotFound, TheseusError
 from services.common.mounts import Mount
 from services.shim.bundle import Bundle
 from services.shim.container import Container
@@ -63,6 +67,15 @@ class CreateRequest:
     image: CheckpointImage | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """A deleted container that the runtime still has to forget."""
+
+    container: Container
+    home: Home
+    forgetting: asyncio.Task[None]
+
+
 class Tasks:
     """All containers of a shim.
 
@@ -94,6 +107,7 @@ class Tasks:
         self._containers: dict[str, Container] = {}
         self._homes: dict[str, Home] = {}
         self._creating: dict[str, asyncio.Event] = {}
+        self._leaving: dict[str, _Leaving] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self.emptied = asyncio.Event()
         self._was_emptied = False
@@ -137,6 +151,7 @@ class Tasks:
             raise AlreadyExists(
                 f"container '{request.id}' is created already", resource=("task", request.id)
             )
+        self._creating[request.id] = asyncio.Event()
         return await self.to_the_end(self._create(request))
 
     async def start(self, container: Container, process: Process) -> None:
@@ -179,7 +194,8 @@ class Tasks:
 
     def save(self, home: Home) -> None:
         """Write a home's state file."""
-        home.save(self.at(home))
+        leaving = [left.container for left in self._leaving.values() if left.home is home]
+        home.save([*self.at(home), *leaving])
 
     def pack(self, out: Outgoing) -> dict[str, Any]:
         """What the next image of the shim goes on with; while quiet and paused."""
@@ -236,6 +252,11 @@ class Tasks:
                 await container.init.wait()
         await self.delete(container, container.init)
 
+    async def forgotten(self, container_id: str) -> None:
+        """Wait until the runtime has forgotten a deleted container, or refuses to."""
+        if container_id in self._leaving:
+            await asyncio.wait([self._leaving[container_id].forgetting])
+
     async def quiet(self) -> None:
         """Wait until nothing is under way and what was read has reached its place.
 
@@ -258,10 +279,13 @@ class Tasks:
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Do ``work`` to its end even if the caller gives up; it counts as under way."""
+        return await asyncio.shield(self._run(work))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        return task
 
     async def finish(self) -> None:
         """Wait for the calls that are under way, and for what exits have set off."""
@@ -274,16 +298,17 @@ class Tasks:
 
     async def _create(self, request: CreateRequest) -> Container:
         options = self.complete(request.options)
-        container = self._make(
-            request.id,
-            Bundle(request.bundle),
-            options,
-            stdio=request.stdio,
-            rootfs=request.rootfs,
-            image=request.image,
-        )
-        made = self._creating[request.id] = asyncio.Event()
+        made = self._creating[request.id]
         try:
+            await self.forgotten(request.id)
+            container = self._make(
+                request.id,
+                Bundle(request.bundle),
+                options,
+                stdio=request.stdio,
+                rootfs=request.rootfs,
+                image=request.image,
+            )
             options.root.mkdir(parents=True, exist_ok=True, mode=0o711)
             await container.create()
             self._containers[request.id] = container
@@ -291,7 +316,7 @@ class Tasks:
             del self._creating[request.id]
             made.set()
             if request.id not in self._containers:
-                del self._homes[request.id]
+                self._homes.pop(request.id, None)
         self.save(self._homes[request.id])
         return container
 
@@ -326,13 +351,25 @@ class Tasks:
 
     async def _delete(self, container: Container, process: Process) -> None:
         await container.delete(process)
-        if process is container.init:
-            self._containers.pop(container.id, None)
-            home = self._homes.pop(container.id, None)
-            if home is not None:
-                self.save(home)
-            if not len(self):
-                self._note_emptied()
+        if process is not container.init:
+            return
+        del self._containers[container.id]
+        home = self._homes.pop(container.id)
+        if not container.exits.is_forgotten:
+            forgetting = self._run(self._see_forgotten(container, home))
+            self._leaving[container.id] = _Leaving(container, home, forgetting)
+        self.save(home)
+        if not len(self):
+            self._note_emptied()
+
+    async def _see_forgotten(self, container: Container, home: Home) -> None:
+        try:
+            await container.exits.forgotten()
+        except TheseusError as error:  # it stays on record, and containerd tries once more
+            log.error("runtime does not delete", container_id=container.id, reason=error.message)
+            return
+        del self._leaving[container.id]
+        self.save(home)
 
     def _note_emptied(self) -> None:
         self._was_emptied = True

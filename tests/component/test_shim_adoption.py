@@ -207,3 +207,15 @@ async def test_nothing_to_adopt_is_an_error(maker, keeper, factory):
     await shim.die()
     answer = factory.ask({**shim.request, "adopt": True})
     assert "has left no container to take over" in answer["error"]
+
+
+async def test_a_deleted_container_is_not_adopted(shell, maker, keeper, fake, factory):
+    fake.hold("delete")
+    shim = await shell("exit 3")
+    await shim.wait()
+    await shim.delete()
+    await shim.die()
+    fake.release("delete")  # it is orphaned, and goes on
+    answer = factory.ask({**shim.request, "adopt": True})
+    assert "has left no container to take over" in answer["error"]
+    await eventually(lambda: keeper.held() == 0)

@@ -96,6 +96,23 @@ async def test_a_member_leaves_once_its_events_are_acknowledged(maker, fake):
     await registry.stop()
 
 
+async def test_a_member_does_not_leave_before_the_runtime_has_deleted_its_container(
+    maker, fake, registry
+):
+    fake.hold("delete")
+    first = await maker.start(maker.bundle(plain_spec(*SLEEP)))
+    second = await host(first, maker, maker.bundle(plain_spec(*SLEEP)))
+    await second.create(binary=fake.path)
+    await second.delete()
+    leaving = asyncio.create_task(leave(first, second))
+    await registry.wait_for_topic("/tasks/delete")
+    assert await members(first) == [first.id, second.id]
+    assert not leaving.done()
+    fake.release("delete")
+    await leaving
+    assert json.loads((second.bundle / "state.json").read_text())["containers"] == []
+
+
 async def test_a_member_that_leaves_now_takes_its_container_with_it(maker, fake):
     first = await maker.start(maker.bundle(plain_spec(*SLEEP)))
     second = await host(first, maker, maker.bundle(plain_spec(*SLEEP)))

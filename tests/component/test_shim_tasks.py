@@ -321,14 +321,90 @@ async def test_pause_that_fails_changes_nothing(maker, fake):
     assert (await shim.state()).status == task_pb2.RUNNING
 
 
-async def test_delete_repeats_what_failed_after_the_exit(maker, fake, registry):
-    shim = await running(maker, fake, "/bin/sh", "-c", "read x; exit 6", stdin="theseus-stream:")
+async def ended(maker, fake, status, **more):
+    """A shim whose container has ended; the spec has ``more``."""
+    spec = {**plain_spec("/bin/sh", "-c", f"exit {status}"), **more}
+    shim = await maker.start(maker.bundle(spec))
+    await shim.create(binary=fake.path)
+    await shim.start()
+    assert (await shim.wait()).exit_status == status
+    return shim
+
+
+def recorded(shim):
+    """Status of each container's init in the state file, by id."""
+    state = json.loads((shim.bundle / "state.json").read_text())
+    return {each["id"]: each["processes"][0]["status"] for each in state["containers"]}
+
+
+async def test_delete_does_not_wait_for_the_runtime(maker, fake, registry):
+    fake.hold("delete")
+    shim = await ended(maker, fake, 6)
+    assert (await shim.delete()).exit_status == 6
+    await registry.wait_for_topic("/tasks/delete")
+    with pytest.raises(errors.NotFound):
+        await shim.state()
+    assert recorded(shim) == {shim.id: "deleted"}
+    await shim.shutdown()
+    await shim.call("Shutdown", shim_pb2.ShutdownRequest(id=shim.id, now=True))
+    with pytest.raises(TimeoutError):
+        await shim.ended(limit_s=0.2)
+    fake.release("delete")
+    await shim.ended()
+    assert recorded(shim) == {}
+    assert [call for call in fake.calls() if call[0] == "delete"] == [["delete", shim.id]]
+
+
+async def test_a_container_of_the_same_name_waits_for_the_runtime(maker, fake):
+    fake.hold("delete")
+    shim = await ended(maker, fake, 0)
+    await shim.delete()
+    creating = asyncio.create_task(shim.create(binary=fake.path))
+    await asyncio.sleep(0.1)
+    assert fake.calls()[-1][0] == "delete"
+    fake.release("delete")
+    await creating
+    assert recorded(shim) == {shim.id: "created"}
+
+
+async def test_what_the_runtime_does_not_delete_is_tried_again_and_stays_on_record(
+    maker, fake, registry
+):
     fake.fail("delete", message="busy")
-    async with shim.attach(input=True) as attached:
-        await attached.write(0, b"\n")
-        assert (await shim.wait()).exit_status == 6  # told all the same
+    fake.hold("delete")
+    shim = await ended(maker, fake, 6)
+    assert (await shim.delete()).exit_status == 6
+    fake.release("delete")
+    await shim.shutdown()
+    await shim.ended()
+    deletions = [call for call in fake.calls() if call[0] == "delete"]
+    assert deletions == [["delete", shim.id], ["delete", "--force", shim.id]]
+    assert recorded(shim) == {shim.id: "deleted"}
+    assert "busy" in (shim.bundle / "shim.log").read_text()
+
+
+async def test_delete_repeats_what_has_failed_by_then(maker, fake, registry):
+    fake.fail("delete", message="busy")
+    shim = await ended(maker, fake, 6)
+    await eventually(lambda: "busy" in (shim.bundle / "shim.log").read_text())
     with pytest.raises(errors.FailedPrecondition, match="busy"):
         await shim.delete()
+    assert (await shim.state()).status == task_pb2.STOPPED
+    fake.heal("delete")
+    assert (await shim.delete()).exit_status == 6
+    assert recorded(shim) == {}
+
+
+async def test_delete_waits_for_a_runtime_that_has_hooks_to_run(maker, fake, registry):
+    fake.hold("delete")
+    fake.fail("delete", message="busy")
+    shim = await ended(maker, fake, 6, hooks={"poststop": [{"path": "/bin/true"}]})
+    deleting = asyncio.create_task(shim.delete())
+    await eventually(lambda: fake.calls()[-1][0] == "delete")
+    assert not deleting.done()
+    fake.release("delete")
+    with pytest.raises(errors.FailedPrecondition, match="busy"):
+        await deleting
     assert (await shim.state()).status == task_pb2.STOPPED
     fake.heal("delete")
     assert (await shim.delete()).exit_status == 6

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
+from protos.containerd.task.v3 import shim_pb2
 from protos.containerd.types.task import task_pb2
 from protos.theseus.shim.v1 import registry_pb2
 from services.common import linux
@@ -22,6 +23,8 @@ from tests.fakes.task_node import NS, TaskNode
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
     from pathlib import Path
+
+    from tests.fakes.shim import FakeShim
 
 
 @pytest.fixture
@@ -504,6 +507,55 @@ async def test_a_deletion_goes_on_after_a_restart(node: TaskNode, step: str) -> 
     assert list((node.state / "tasks" / NS).iterdir()) == []
     if step != "half a bundle":
         assert (await node.topics()).count("/tasks/exit") == 1
+
+
+def note_runtime(node: TaskNode, shim: FakeShim) -> Path:
+    """Give a shim a runtime that writes down what it is asked; returns where."""
+    calls, program = node.root / "calls", node.root / "runtime"
+    program.write_text(f'#!/bin/sh\necho "$3 $4 $5" >> {calls}\n')
+    program.chmod(0o755)
+    shim.runtime = str(program)
+    shim.forgetting = False
+    return calls
+
+
+async def test_a_shim_that_dies_before_the_runtime_forgot_has_it_told(node: TaskNode) -> None:
+    shim = await node.running("c1")
+    calls = note_runtime(node, shim)
+    await shim.exit("", 1)
+    shim.hanging.add("Shutdown")
+    assert (await delete(node, "c1")).exit_status == 1
+    assert not calls.exists()  # the shim is at it
+    await shim.die()
+    async with asyncio.timeout(10):
+        await node.shims_removed()
+    assert calls.read_text() == "delete --force c1\n"
+    assert bundle_gone(node, "c1")
+
+
+@pytest.mark.parametrize("shim_dies", [False, True])
+async def test_a_deletion_that_containerd_did_not_live_to_hear_of_is_finished(
+    node: TaskNode, *, shim_dies: bool
+) -> None:
+    shim = await node.running("c1")
+    calls = note_runtime(node, shim)
+    await shim.exit("", 1)
+    await node.stop()
+    await shim.Delete(shim_pb2.DeleteRequest(), None)
+    if shim_dies:
+        await shim.die()
+    else:  # the runtime forgets, as it does before the shim ends
+        shim.unforgotten.clear()
+        shim.write_state()
+    await node.start()
+    async with asyncio.timeout(10):
+        await node.shims_removed()
+    assert calls.exists() == shim_dies
+    assert bundle_gone(node, "c1")
+    topics = await node.topics()
+    assert topics.count("/tasks/exit") == topics.count("/tasks/delete") == 1
+    async with node.client() as client:  # the id is free
+        await client.tasks.Create(pb.CreateTaskRequest(container_id="c1"), timeout=10)
 
 
 async def test_a_burial_that_was_cut_short_is_repeated(

@@ -40,6 +40,14 @@ class FakeRuntime:
         }
         (self.directory / f"fault-{command}.json").write_text(json.dumps(fault))
 
+    def hold(self, command):
+        """Let ``command`` wait for ``release`` before it does anything."""
+        (self.directory / f"hold-{command}").touch()
+
+    def release(self, command):
+        """Let those go on that wait, and hold no more."""
+        (self.directory / f"hold-{command}").unlink()
+
     def heal(self, command):
         """Let ``command`` work again."""
         (self.directory / f"fault-{command}.json").unlink(missing_ok=True)
@@ -85,6 +93,8 @@ def main(arguments, directory):
     command, *rest = arguments
     with (Path(directory) / "calls").open("a") as calls:
         calls.write(json.dumps([command, *rest]) + "\n")
+    while (Path(directory) / f"hold-{command}").exists():
+        time.sleep(0.002)
     try:
         fault = load_fault(directory, command)
         if fault:

@@ -83,6 +83,9 @@ class FakeShim(
         registering: whether it registers, and again.
         acked: the last number that containerd acknowledged.
         ignore_acks: acknowledgements are not heard.
+        runtime: the program that its state names.
+        unforgotten: what it has deleted and the runtime has not; kept by a shim that dies over it.
+        forgetting: the runtime forgets at once what is deleted.
         welcomes: every Welcome received.
         endings: how each registration stream ended.
     """
@@ -109,6 +112,9 @@ class FakeShim(
         self.registering = True
         self.ignore_acks = False
         self.tells_streams = False
+        self.runtime = "true"
+        self.forgetting = True
+        self.unforgotten: list[FakeProcess] = []
         self.acked = 0
         self.last_seq = 0
         self.welcomes: list[registry_pb2.Welcome] = []
@@ -264,29 +270,24 @@ class FakeShim(
 
     def write_state(self) -> None:
         """state.json, as a real shim keeps it."""
-        self._write(
-            "state.json",
+        processes = [
             {
-                "epoch": 1,
-                "containers": [
-                    {
-                        "id": self.id,
-                        "runtime": "true",
-                        "runtime_root": str(self.bundle),
-                        "processes": [
-                            {
-                                "exec_id": process.exec_id,
-                                "pid": process.pid,
-                                "start_time": linux.process_start_time(process.pid) or 0,
-                                "exit_status": process.exit_status,
-                                "exited_at_ns": process.exited_at_ns,
-                            }
-                            for process in self.processes.values()
-                        ],
-                    }
-                ],
-            },
-        )
+                "exec_id": process.exec_id,
+                "pid": process.pid,
+                "start_time": linux.process_start_time(process.pid) or 0,
+                "status": process.status,
+                "exit_status": process.exit_status,
+                "exited_at_ns": process.exited_at_ns,
+            }
+            for process in (*self.processes.values(), *self.unforgotten)
+        ]
+        container = {
+            "id": self.id,
+            "runtime": self.runtime,
+            "runtime_root": str(self.bundle),
+            "processes": processes,
+        }
+        self._write("state.json", {"epoch": 1, "containers": [container] if processes else []})
 
     async def acknowledged(self, seq: int) -> None:
         while self.acked < seq:
@@ -493,6 +494,9 @@ class FakeShim(
             process.child.kill()
             await process.child.wait()
         del self.processes[request.exec_id]
+        if not request.exec_id and not self.forgetting:
+            process.status = "deleted"
+            self.unforgotten.append(process)
         self.write_state()
         self.emit(
             "/tasks/delete",

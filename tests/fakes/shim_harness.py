@@ -30,6 +30,7 @@ from protos.theseus.shim.v1 import (
 from services.common.client import connect
 from services.common.errors import Unavailable
 from services.common.rpc_errors import translated
+from tests.fakes.eventually import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CALL_LIMIT_S = 20
@@ -249,8 +250,20 @@ class RunningShim:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         await self.ended()
 
+    def _is_deleting(self) -> bool:
+        try:
+            state = json.loads((self.bundle / "state.json").read_text())
+        except FileNotFoundError:
+            return False
+        deleted = any(c["processes"][0]["status"] == "deleted" for c in state["containers"])
+        return deleted and pid_of(self.pidfd) > 0
+
     async def close(self) -> None:
-        """Let go of it; it and all below it are killed if they are still there."""
+        """Let go of it; it and all below it are killed if they are still there.
+
+        It is left the time to have the runtime delete what it has deleted, as containerd does.
+        """
+        await eventually(lambda: not self._is_deleting())
         await self.channel.close()
         inits = [pid for pidfd in self._inits if (pid := pid_of(pidfd))]
         kill_tree(inits, limit_s=10)  # their children too: without a pid namespace they stay

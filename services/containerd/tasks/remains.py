@@ -47,7 +47,10 @@ class RemainingProcess:
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """Content of state.json. ``runtime`` is empty where there was no container."""
+    """Content of state.json. ``runtime`` is empty where there was no container.
+
+    Without processes there is no task any more: the runtime alone may still know the container.
+    """
 
     processes: Mapping[str, RemainingProcess]
     runtime: tuple[str, ...] = ()
@@ -78,9 +81,11 @@ def read_remains(bundle: Bundle) -> Remains | None:
     try:
         for container in data.get("containers") or ():
             if container["id"] == bundle.id:
+                runtime = (str(container["runtime"]), "--root", str(container["runtime_root"]))
+                if _is_deleted(container):
+                    return Remains({}, runtime)
                 cgroups = _cgroups_of(bundle)
                 processes = [_process(entry, cgroups) for entry in container["processes"]]
-                runtime = (str(container["runtime"]), "--root", str(container["runtime_root"]))
                 return Remains({process.exec_id: process for process in processes}, runtime)
     except (KeyError, TypeError, ValueError, AttributeError):
         log.error("state of a shim is unreadable", path=str(bundle.path / "state.json"))
@@ -153,6 +158,10 @@ async def _run(argv: tuple[str, ...], container_id: str) -> None:
     if process.returncode:
         text = output[-_OUTPUT_MAX:].decode(errors="replace").strip()
         log.warning("runtime failed", argv=argv, container=container_id, output=text)
+
+
+def _is_deleted(container: Mapping[str, Any]) -> bool:
+    return any(not p["exec_id"] and p.get("status") == "deleted" for p in container["processes"])
 
 
 def _process(entry: dict[str, Any], cgroups: tuple[str, ...]) -> RemainingProcess:

@@ -13,6 +13,10 @@ Removal: ``deleting`` written · shim told to go, then killed (or, where its pro
 too, told to serve this one no longer) · spool -> journal · leftovers, mounts, bundle. Both
 sequences can be repeated from the start after a crash at any step. Whoever deletes a task waits for
 the first step of a removal; the rest follows behind its back.
+
+A shim says that a container is deleted before the runtime has forgotten it, and goes when it has.
+One that dies in between has it in state.json still, so the runtime is told here; until then a new
+task of the same id waits, as for all of a removal.
 """
 
 from __future__ import annotations
@@ -134,13 +138,13 @@ class Undertaker:
 
         Args:
             known: the shim.
-            clean: the shim has deleted the container already.
+            clean: the shim has deleted the container already, or is about to by itself.
             shared: its process serves others too, and goes on.
         """
         if not shared or not await self._part(known, now=not clean):
             await self._send_away(known, now=not clean)
         await self.drain(known)
-        if not clean:
+        if not clean or not known.binary:
             remains = await asyncio.to_thread(_read_remains, known)
             if remains is not None:
                 await self._clean_up(known, remains)

@@ -57,6 +57,7 @@ async def run(
     *,
     stdio: RuntimeStdio | None,
     timeout_s: float,
+    niceness: int = 0,
 ) -> Outcome:
     """Run a program to its end.
 
@@ -65,18 +66,19 @@ async def run(
         argv: an absolute path and arguments.
         stdio: streams to give it; None: nothing to read, and its output is collected.
         timeout_s: time after which it is killed.
+        niceness: added to that of this process.
 
     Raises:
         RuntimeMissing: it cannot be started.
     """
     if stdio is not None:
-        child = _spawn(reaper, argv, (stdio.stdin, stdio.stdout, stdio.stderr))
+        child = _spawn(reaper, argv, (stdio.stdin, stdio.stdout, stdio.stderr), niceness)
         return await _await(child, timeout_s, lambda: "")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     output, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(write_end, True)
-        child = _spawn(reaper, argv, (null, write_end, write_end))
+        child = _spawn(reaper, argv, (null, write_end, write_end), niceness)
     except BaseException:
         os.close(output)
         raise
@@ -125,10 +127,11 @@ def _spawn(
     reaper: Reaper,
     argv: Sequence[str],
     streams: tuple[int, int, int],
+    niceness: int,
 ) -> tuple[int, asyncio.Future[Exit]]:
     stdin, stdout, stderr = streams
     try:
-        return reaper.spawn(
+        child = reaper.spawn(
             argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=ENVIRONMENT
         )
     except OSError as error:
@@ -136,6 +139,10 @@ def _spawn(
             f"runtime '{argv[0]}' cannot be started: {error.strerror}: install it, or choose "
             "another"
         ) from error
+    if niceness:
+        pid, _ = child  # its own until it is reaped, which is later
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+    return child
 
 
 async def _await(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from services.shim.runtimes.runtime import CheckpointRequest, RuntimeStdio
 
 _PID_FILE_MAX_BYTES = 32
+_NICENESS = 10  # sched(7): a tenth of the processor time of others, where there is not enough
 _CRIU_FACTOR = 10  # all of a container's memory is written or read
 
 
@@ -119,11 +120,11 @@ class RuncRuntime:
         self._need("update", "change the limits of a container")
         await self._run(["update", "--resources", str(resources_file), self._id])
 
-    async def delete(self, *, force: bool) -> None:
+    async def delete(self, *, force: bool, hurry: bool = True) -> None:
         """See :meth:`Runtime.delete`."""
         flags = ["--force"] if force else []
         try:
-            await self._run(["delete", *flags, self._id])
+            await self._run(["delete", *flags, self._id], hurry=hurry)
         except UnknownToRuntime:
             return
 
@@ -206,6 +207,7 @@ class RuncRuntime:
         classify: Callable[[str, str], TheseusError] = failures.classify,
         log_file: Path | None = None,
         timeout_s: float | None = None,
+        hurry: bool = True,
     ) -> None:
         log_file = log_file or self._log_file
         offset = log_file.stat().st_size if log_file.exists() else 0
@@ -220,6 +222,7 @@ class RuncRuntime:
                 ],
                 stdio=stdio,
                 timeout_s=timeout_s or self._timeout_s,
+                niceness=0 if hurry else _NICENESS,
             )
         if outcome.succeeded:
             return

@@ -162,8 +162,15 @@ class Runtime(Protocol):
         """Change limits to those in a file with the spec's resources."""
         ...
 
-    async def delete(self, *, force: bool) -> None:
-        """Remove what the runtime keeps of the container; one that it does not know is fine."""
+    async def delete(self, *, force: bool, hurry: bool = True) -> None:
+        """Remove what the runtime keeps of the container; one that it does not know is fine.
+
+        The root file system may be unmounted already, unless the spec has hooks.
+
+        Args:
+            force: kill what runs.
+            hurry: somebody waits; if not, others go first.
+        """
         ...
 
     async def checkpoint(self, request: CheckpointRequest) -> None:
