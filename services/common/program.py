@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from services.common import tracing
 from services.common.errors import PermissionDenied, TheseusError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def run(name: str, work: Callable[[], None]) -> int:
@@ -38,6 +40,20 @@ def require_root(name: str, reason: str) -> None:
     """
     if os.geteuid() != 0:
         raise PermissionDenied(f"{name} {reason}: run it as root")
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A start, in which nothing is collected: nearly all that it makes stays to the end.
+
+    What is there afterwards is not looked at by later collections either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def stop_signals() -> asyncio.Event:

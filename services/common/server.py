@@ -32,11 +32,13 @@ from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import to_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
     from google.protobuf.descriptor import ServiceDescriptor
+
+    from services.common.late_services import LateServices
 
 
 log = structlog.get_logger(__name__)
@@ -93,7 +95,7 @@ class CallMetrics(Protocol):
 
 
 class RpcServer:
-    """Serves ``services``, grpc.health.v1 and reflection on ``socket``.
+    """Serves ``services``, those that are ``late``, grpc.health.v1 and reflection on ``socket``.
 
     The socket appears by a rename over whatever is there, so that during a replacement there is
     always one to connect to: mode 0660, group ``theseus`` where that exists. A tier's own
@@ -112,6 +114,7 @@ class RpcServer:
         services: Sequence[Service],
         metrics: CallMetrics,
         reflection: bool = True,
+        late: Sequence[LateServices] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         bind: Callable[[Metadata], None] | None = None,
     ) -> None:
@@ -119,6 +122,7 @@ class RpcServer:
         self._tier = tier
         self._socket = socket
         self._services = services
+        self._late = late
         self._methods = Methods(metrics, bind)
         self._reflection = reflection
         self._health = health.aio.HealthServicer()
@@ -132,9 +136,12 @@ class RpcServer:
         names = [service.descriptor.full_name for service in self._services]
         for service in self._services:
             service.add(service.servicer, self._methods)
+        for late in self._late:
+            self._methods.add_late(late)
+            names += late.names
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._methods)
         if self._reflection:
-            _LateReflection([*names, health.SERVICE_NAME]).add_to(self._methods)
+            _LateReflection([*names, health.SERVICE_NAME], self._methods).add()
         self._server.add_generic_rpc_handlers((self._methods,))
         for name in ["", *names]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -178,6 +185,7 @@ class Methods(grpc.GenericRpcHandler):
         self._metrics = metrics
         self._bind = bind
         self._handlers: dict[str, Any] = {}
+        self._late: dict[str, LateServices] = {}
         self._surrounded: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -196,11 +204,27 @@ class Methods(grpc.GenericRpcHandler):
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The handler of a method."""
-        name: str = handler_call_details.method
+        handler: grpc.RpcMethodHandler[Any, Any] | None = self.find(handler_call_details.method)
+        return handler
+
+    def find(self, name: str) -> Any:
+        """The handler of a method, given its full name; None if there is none."""
         found = self._surrounded.get(name)
-        if found is None and (handler := self._handlers.get(name)) is not None:
-            found = self._surrounded[name] = self._surround(name, handler)
+        if found is None:
+            if (handler := self._handlers.get(name)) is not None:
+                found = self._surrounded[name] = self._surround(name, handler)
+            elif (late := self._late.get(name.split("/")[1])) is not None and not late.made:
+                found = late.handler(name, self)
         return found
+
+    def add_late(self, services: LateServices) -> None:
+        """Have calls of services that are not there yet wait for them."""
+        self._late.update(dict.fromkeys(services.names, services))
+
+    async def load(self) -> None:
+        """Make what is late."""
+        for services in set(self._late.values()):
+            await services.load(self)
 
     def _surround(self, name: str, handler: Any) -> Any:
         call = _Call(self._metrics, name, handler, self._bind)
@@ -228,18 +252,19 @@ class Methods(grpc.GenericRpcHandler):
 class _LateReflection:
     """Server reflection that is imported when it is asked for: a shim never is, as a rule."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], methods: Methods) -> None:
         self._names = names
+        self._methods = methods
         self._servicer: Any = None
 
-    def add_to(self, methods: Methods) -> None:
+    def add(self) -> None:
         """As generated code would."""
         handler: Any = grpc.stream_stream_rpc_method_handler(
             self._answer,
             request_deserializer=self._parse,
             response_serializer=lambda response: response.SerializeToString(),
         )
-        methods.add_registered_method_handlers(_REFLECTION, {"ServerReflectionInfo": handler})
+        self._methods.add_registered_method_handlers(_REFLECTION, {"ServerReflectionInfo": handler})
 
     @staticmethod
     def _parse(request: bytes) -> Any:
@@ -247,13 +272,15 @@ class _LateReflection:
 
         return ServerReflectionRequest.FromString(request)
 
-    def _answer(self, requests: Any, context: Any) -> Any:
+    async def _answer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         from grpc_reflection.v1alpha import reflection
         from grpc_reflection.v1alpha._async import ReflectionServicer
 
         if self._servicer is None:
+            await self._methods.load()  # it looks for their descriptors
             self._servicer = ReflectionServicer([*self._names, reflection.SERVICE_NAME])
-        return self._servicer.ServerReflectionInfo(requests, context)
+        async for response in self._servicer.ServerReflectionInfo(requests, context):
+            yield response
 
 
 @cache

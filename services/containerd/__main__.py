@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import structlog
@@ -43,11 +44,13 @@ def _run() -> None:
 
 
 async def _serve(config: Config) -> None:
-    # Imported late: --help and a wrong option need nothing of it.
-    from services.containerd.app import App
-
     stop = program.stop_signals()
-    async with App(config):
+    async with AsyncExitStack() as stack:
+        with program.starting():
+            # Imported late: --help and a wrong option need nothing of it.
+            from services.containerd.app import App
+
+            await stack.enter_async_context(App(config))
         await stop.wait()
         log.info("stopping", drain_s=config.drain_s)
 

@@ -4,9 +4,9 @@ Order of a start: the lock on the root, the database, a quick check if the run b
 by itself, what a crash left in the content store, the shims of the state directory, then the
 socket. From then on the API answers; what else has to be put right (snapshots' directories,
 garbage, shims that have not registered yet) happens behind it, and the factory of new shims comes
-up once those that run are back. A stop is the reverse: readers of
-events and shims are told to come back, calls under way get their time, the database is closed, the
-lock goes.
+up once those that run are back. What few calls need is made for the first of them (:mod:`.late`). A
+stop is the reverse: readers of events and shims are told to come back, calls under way get their
+time, the database is closed, the lock goes.
 """
 
 from __future__ import annotations
@@ -28,33 +28,27 @@ from services.common.metrics import MetricsEndpoint, ServerMetrics, render_regis
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.check.unclean import run_noted
-from services.containerd.clients.foreign_shim import connect_shim, has_sandboxes
+from services.containerd.clients.foreign_shim import connect_shim
 from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.clients.shim_program import ShimPrograms
-from services.containerd.clients.snapshots import SnapshotsClient
 from services.containerd.containers.local import LocalContainerStore
 from services.containerd.content.local import LocalContentStore
-from services.containerd.diff.local_applier import LocalApplier
-from services.containerd.diff.local_comparer import LocalComparer
-from services.containerd.diff.pool import WorkerPool
 from services.containerd.events.exchange import Exchange
 from services.containerd.events.journal import Journal
 from services.containerd.gc.collector import Collector
 from services.containerd.gc.lock import GcLock
 from services.containerd.gc.scheduler import GcSchedule
-from services.containerd.images.archive import ArchiveLimits, ArchiveReader
 from services.containerd.images.local import LocalImageStore
 from services.containerd.images.platform import host_platform
+from services.containerd.late.foundations import Foundations
 from services.containerd.leases.manager import LeaseManager
 from services.containerd.metadata import meta
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.metrics import ContainerdMetrics, join_pages
 from services.containerd.namespaces.registry import Namespaces
 from services.containerd.plugins import Plugged, list_plugins
-from services.containerd.remotes.mirrors import DistributionRegistries
 from services.containerd.rpc.containers import ContainersService
 from services.containerd.rpc.content import ContentService
-from services.containerd.rpc.diff import DiffService
 from services.containerd.rpc.encoding import encode_event
 from services.containerd.rpc.events import EventsService, event_field
 from services.containerd.rpc.images import ImagesService
@@ -63,24 +57,18 @@ from services.containerd.rpc.journal import JournalService
 from services.containerd.rpc.leases import LeasesService, bind_lease
 from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
-from services.containerd.rpc.sandboxes import SandboxControllerService, SandboxStoreService
-from services.containerd.rpc.served import services
+from services.containerd.rpc.served import late_services, services
 from services.containerd.rpc.shim_events import ShimEvents
 from services.containerd.rpc.shim_socket import ShimSocket
 from services.containerd.rpc.snapshots import SnapshotsService
-from services.containerd.rpc.streaming import StreamingService, StreamRegister
 from services.containerd.rpc.streams import StreamsService
 from services.containerd.rpc.tasks import TasksService
-from services.containerd.rpc.transfer import TransferService
-from services.containerd.rpc.upgrades import UpgradesService
 from services.containerd.rpc.version import VersionService
 from services.containerd.runtimes import OUR_RUNTIMES
-from services.containerd.sandboxes.controller import SandboxController
-from services.containerd.sandboxes.local import LocalSandboxStore
 from services.containerd.snapshots.native import NativeSnapshotter
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import SnapshotIds
-from services.containerd.snapshots.remote import RemoteSnapshotter
+from services.containerd.snapshots.snapshotter import find_configured
 from services.containerd.tasks.bundle import Bundles
 from services.containerd.tasks.cgroup_moves import CgroupMoves
 from services.containerd.tasks.checkpoints import Checkpoints
@@ -93,18 +81,11 @@ from services.containerd.tasks.merging import MemoryMerger
 from services.containerd.tasks.metrics import TaskMetrics
 from services.containerd.tasks.shims import Identity, ShimManager
 from services.containerd.tasks.undertaker import Undertaker
-from services.containerd.tasks.upgrade import ShimUpgrades
-from services.containerd.transfer.fetch import BlobFetcher
-from services.containerd.transfer.load import Loader
-from services.containerd.transfer.metered import MeteredTransfers
-from services.containerd.transfer.pull import Puller
-from services.containerd.transfer.push import Pusher
-from services.containerd.transfer.unpack import LayerUnpacker
-from services.containerd.transfer.unpacking import ImageUnpacking
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from services.containerd.clients.snapshots import SnapshotsClient
     from services.containerd.config import Config
     from services.containerd.snapshots.recorded import RecordedSnapshotter
 
@@ -131,7 +112,6 @@ class App:
         self._metrics = ContainerdMetrics(self._registry)
         self._moves = CgroupMoves()
         self._build_storage()
-        self._build_images()
 
     def _build_storage(self) -> None:
         config = self._config
@@ -181,7 +161,19 @@ class App:
             local = kind(config.root, self._db, events=self._journal, leases=self._leases, ids=ids)
             self._snapshotters[local.name] = local
             self._plugged[local.name] = Plugged({"root": str(local.root)}, local.capabilities)
-        for proxy in config.proxy_snapshotters:
+        self._plug_in(ids)
+        find_configured(self._snapshotters, config.snapshotter)
+
+    def _plug_in(self, ids: SnapshotIds) -> None:
+        """Add the snapshotters that others serve."""
+        proxies = self._config.proxy_snapshotters
+        if not proxies:
+            return
+        # Imported late: most nodes have none.
+        from services.containerd.clients.snapshots import SnapshotsClient
+        from services.containerd.snapshots.remote import RemoteSnapshotter
+
+        for proxy in proxies:
             backend = SnapshotsClient(proxy.name, proxy.address)
             self._backends.append(backend)
             self._snapshotters[proxy.name] = RemoteSnapshotter(
@@ -193,41 +185,6 @@ class App:
                 ids=ids,
             )
             self._plugged[proxy.name] = Plugged({"address": proxy.address}, proxy.capabilities)
-
-    def _build_images(self) -> None:
-        config = self._config
-        self._workers = WorkerPool(config.unpack_workers)
-        self._applier = LocalApplier(self._content, self._workers, self._scratch)
-        self._comparer = LocalComparer(self._content, self._workers, self._scratch)
-        self._registries = DistributionRegistries(hosts=config.registry_hosts)
-        unpacker = LayerUnpacker(
-            self._content,
-            self._snapshotters,
-            self._applier,
-            self._leases,
-            default=config.snapshotter,
-            floor=self._floor,
-        )
-        unpacker.check("")
-        unpacking = ImageUnpacking(self._content, unpacker, host=host_platform())
-        stores = self._content, self._images, self._leases
-        self._transfers = MeteredTransfers(
-            *stores,
-            timed=self._metrics.timed_transfer,
-            puller=Puller(
-                *stores,
-                fetcher=BlobFetcher(self._content, max_downloads=config.max_downloads),
-                unpacking=unpacking,
-            ),
-            loader=Loader(
-                *stores,
-                reader=ArchiveReader(
-                    self._content, limits=ArchiveLimits(total_bytes=config.max_archive_bytes)
-                ),
-                unpacking=unpacking,
-            ),
-            pusher=Pusher(*stores, max_uploads=config.max_downloads),
-        )
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -263,8 +220,6 @@ class App:
             stack.push_async_callback(backend.close)
         for snapshotter in self._snapshotters.values():
             await snapshotter.open()
-        await stack.enter_async_context(self._workers)
-        await stack.enter_async_context(self._registries)
         shims, tasks, factory = await self._start_tasks(stack, epoch)
         calls = ServerMetrics(self._registry)
         events = ShimEvents(shims, self._exchange)
@@ -350,6 +305,7 @@ class App:
             tier="containerd",
             socket=config.address,
             services=services(self._servicers(shims, tasks, events, identity).items()),
+            late=late_services(await self._foundations(stack, shims, tasks)),
             metrics=calls,
             bind=bind_lease,
         )
@@ -369,6 +325,26 @@ class App:
             await endpoint.start()
             stack.push_async_callback(endpoint.stop)
 
+    async def _foundations(
+        self, stack: AsyncExitStack, shims: ShimManager, tasks: TaskManager
+    ) -> Foundations:
+        return Foundations(
+            config=self._config,
+            scratch=self._scratch,
+            db=self._db,
+            floor=self._floor,
+            journal=self._journal,
+            content=self._content,
+            images=self._images,
+            leases=self._leases,
+            snapshotters=self._snapshotters,
+            metrics=self._metrics,
+            shims=shims,
+            tasks=tasks,
+            draining=self._draining,
+            stack=await stack.enter_async_context(AsyncExitStack()),
+        )
+
     def _servicers(
         self, shims: ShimManager, tasks: TaskManager, events: ShimEvents, identity: str
     ) -> dict[str, object]:
@@ -377,11 +353,9 @@ class App:
             content_root=str(self._config.root / "content"),
             snapshotters=self._plugged,
         )
-        streams = StreamRegister()
         return {
             "containers": ContainersService(self._containers, self._moves.expect),
             "content": ContentService(self._content),
-            "diff": DiffService(self._applier, self._comparer),
             "events": EventsService(self._exchange, events),
             "images": ImagesService(self._images),
             "introspection": IntrospectionService(plugins, uuid=identity, runtimes=OUR_RUNTIMES),
@@ -389,19 +363,7 @@ class App:
             "leases": LeasesService(self._leases, collect=self._gc.collect),
             "namespaces": NamespacesService(self._namespaces),
             "registry": RegistryService(shims),
-            "sandbox-controllers": SandboxControllerService(
-                SandboxController(
-                    shims,
-                    find_launcher=tasks.launcher,
-                    has_sandboxes=has_sandboxes,
-                    db=self._db,
-                    events=self._journal,
-                ),
-                self._draining,
-            ),
-            "sandboxes": SandboxStoreService(LocalSandboxStore(self._db)),
             "snapshots": SnapshotsService(self._snapshotters),
-            "streaming": StreamingService(streams),
             "streams": StreamsService(tasks, self._draining),
             "tasks": TasksService(
                 tasks,
@@ -409,8 +371,6 @@ class App:
                 Checkpoints(self._content, self._scratch),
                 self._draining,
             ),
-            "transfer": TransferService(self._transfers, self._registries, streams),
-            "upgrades": UpgradesService(ShimUpgrades(shims, self._config.shim)),
             "version": VersionService(),
         }
 

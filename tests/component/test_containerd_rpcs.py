@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.containerd.services.containers.v1 import containers_pb2
 from protos.containerd.services.content.v1 import content_pb2
+from protos.containerd.services.diff.v1 import diff_pb2
 from protos.containerd.services.events.v1 import events_pb2
 from protos.containerd.services.images.v1 import images_pb2
 from protos.containerd.services.introspection.v1 import introspection_pb2
@@ -21,6 +22,7 @@ from protos.containerd.services.leases.v1 import leases_pb2
 from protos.containerd.services.namespaces.v1 import namespace_pb2
 from protos.containerd.services.sandbox.v1 import sandbox_pb2
 from protos.containerd.services.snapshots.v1 import snapshots_pb2
+from protos.containerd.services.streaming.v1 import streaming_pb2
 from protos.containerd.services.tasks.v1 import tasks_pb2
 from protos.containerd.services.transfer.v1 import transfer_pb2
 from protos.containerd.types import event_pb2
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 CODE = grpc.StatusCode
+LATE = {diff_pb2, sandbox_pb2, streaming_pb2, transfer_pb2}
 UPSTREAM = {
     *("containers", "content", "diff", "events", "images", "introspection", "leases"),
     *("namespaces", "sandbox", "snapshots", "streaming", "tasks", "transfer", "version"),
@@ -63,7 +66,7 @@ WITHOUT_NAMESPACE = {
 
 
 def methods() -> list[MethodDescriptor]:
-    modules = {module for module, _ in _CONTRACTS.values()}
+    modules = {module for module, _ in _CONTRACTS.values()} | LATE
     return sorted(
         (
             method

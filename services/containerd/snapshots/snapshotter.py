@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -197,3 +199,17 @@ class Snapshotter(Protocol):
 
     async def cleanup(self) -> None:
         """Give back the disk space of what was removed, or abandoned by a crash, everywhere."""
+
+
+def find_configured(snapshotters: Mapping[str, object], name: str) -> str:
+    """The name, if it is one of ``snapshotters``.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
+    if name not in snapshotters:
+        raise InvalidArgument(
+            f"snapshotter {name!r} is not configured: there are {', '.join(sorted(snapshotters))}",
+            field="snapshotter",
+        )
+    return name

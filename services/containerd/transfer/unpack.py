@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.disk import NO_FLOOR
-from services.common.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, TheseusError
+from services.common.errors import AlreadyExists, DataLoss, NotFound, TheseusError
 from services.common.mounts import Mount
 from services.containerd.content.digest import chain_ids
 from services.containerd.content.labels import UNCOMPRESSED
 from services.containerd.diff.applier import LowerNeeded
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.leases.lease import Resource, current_lease, snapshots_type
-from services.containerd.snapshots.snapshotter import INHERITED_LABEL_PREFIX
+from services.containerd.snapshots.snapshotter import INHERITED_LABEL_PREFIX, find_configured
 from services.containerd.transfer.collaborators import first_error
 from services.containerd.transfer.labelling import add_labels
 from services.containerd.uninterrupted import uninterrupted
@@ -86,14 +86,7 @@ class LayerUnpacker:
 
     def check(self, snapshotter: str) -> str:
         """See :class:`Unpacker`."""
-        name = snapshotter or self._default
-        if name not in self._snapshotters:
-            raise InvalidArgument(
-                f"snapshotter {name!r} is not configured: there are "
-                f"{', '.join(sorted(self._snapshotters))}",
-                field="snapshotter",
-            )
-        return name
+        return find_configured(self._snapshotters, snapshotter or self._default)
 
     async def unpack(
         self,

@@ -15,6 +15,7 @@ from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
 from services.common import errors
 from services.common.client import connect
+from services.common.late_services import LateServices
 from services.common.log import request_id
 from services.common.metrics import MetricsEndpoint, ServerMetrics
 from services.common.rpc_errors import code_of, translated
@@ -54,26 +55,37 @@ class Journal(journal_pb2_grpc.JournalServicer):
         raise errors.OutOfRange("events before 7 were truncated, first is 7")
 
 
-@pytest.fixture
-async def server(tmp_path):
+def late(*services):
+    async def make():
+        await asyncio.sleep(0)
+        return services
+
+    return LateServices([service.descriptor.full_name for service in services], make)
+
+
+@pytest.fixture(params=["at once", "late"])
+async def server(tmp_path, request):
     servicer = Namespaces()
     metrics = ServerMetrics(CollectorRegistry())
+    services = [
+        Service(
+            namespace_pb2_grpc.add_NamespacesServicer_to_server,
+            servicer,
+            namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
+        ),
+        Service(
+            journal_pb2_grpc.add_JournalServicer_to_server,
+            Journal(),
+            journal_pb2.DESCRIPTOR.services_by_name["Journal"],
+        ),
+    ]
+    is_late = request.param == "late"
     rpc = RpcServer(
         tier="test",
         socket=tmp_path / "t.sock",
         metrics=metrics,
-        services=[
-            Service(
-                namespace_pb2_grpc.add_NamespacesServicer_to_server,
-                servicer,
-                namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
-            ),
-            Service(
-                journal_pb2_grpc.add_JournalServicer_to_server,
-                Journal(),
-                journal_pb2.DESCRIPTOR.services_by_name["Journal"],
-            ),
-        ],
+        services=[] if is_late else services,
+        late=[late(*services)] if is_late else [],
     )
     await rpc.start()
     yield tmp_path / "t.sock", servicer, metrics

@@ -9,7 +9,9 @@ _CHECK = """
 import sys
 import services.containerd.app
 there = {name for name, module in sys.modules.items() if module is not None}
-print(*sorted(there & {"aiohttp", "rich", "grpc_reflection.v1alpha", "opentelemetry"}))
+late = {"aiohttp", "rich", "grpc_reflection.v1alpha", "opentelemetry", "isal", "yarl"}
+parts = ("late.transfers", "late.sandboxes", "late.upgrades", "snapshots.remote", "remotes")
+print(*sorted(there & (late | {f"services.containerd.{part}" for part in parts})))
 """
 
 
