@@ -62,7 +62,7 @@ class Database:
         self._requests: queue.SimpleQueue[
             tuple[Callable[[Transaction], Any], asyncio.Future[Any]] | None
         ] = queue.SimpleQueue()
-        self._commit_listeners: list[Callable[[], None]] = []
+        self._commit_listeners: list[Callable[[], Callable[[], object] | None]] = []
         self._writer: threading.Thread | None = None
         self._reader_pool = ThreadPoolExecutor(1, f"{path.stem}-reader")
         self._reader: sqlite3.Connection | None = None
@@ -93,8 +93,11 @@ class Database:
         )
         self._writer.start()
 
-    def on_commit(self, listener: Callable[[], None]) -> None:
-        """Have ``listener`` called after each commit, in the writer's thread; it must be quick."""
+    def on_commit(self, listener: Callable[[], Callable[[], object] | None]) -> None:
+        """Have ``listener`` called after each commit, in the writer's thread; it must be quick.
+
+        What it returns, if anything, is called on the loop, when the writers' callers are woken.
+        """
         self._commit_listeners.append(listener)
 
     async def write(self, function: Callable[[Transaction], T]) -> T:
@@ -183,11 +186,11 @@ class Database:
         except sqlite3.Error as error:  # the disk is full, or I/O failed: nobody's write happened
             explained = self._explained(error)
             outcomes = [(future, None, explained) for _, future in group]
+            heard = []
         else:
-            for listener in self._commit_listeners:
-                listener()
-        for future, result, failure in outcomes:
-            future.get_loop().call_soon_threadsafe(_resolve, future, result, failure)
+            heard = [listener() for listener in self._commit_listeners]
+        # One wake-up for all: each is a write to a socket, and a turn of the loop.
+        group[0][1].get_loop().call_soon_threadsafe(_wake, outcomes, heard)
 
     def _explained(self, error: sqlite3.Error) -> Exception:
         if not _is_disk_full(error):
@@ -217,6 +220,8 @@ def _run_group(
     """Run and commit a group: all of it, or nothing."""
     try:
         connection.execute("BEGIN IMMEDIATE")
+        if len(group) == 1:  # the usual one
+            return [_run_alone(connection, *group[0])]
         outcomes = [
             (future, *_run_in_savepoint(connection, function)) for function, future in group
         ]
@@ -226,6 +231,23 @@ def _run_group(
             connection.execute("ROLLBACK")
         raise
     return outcomes
+
+
+def _run_alone(
+    connection: sqlite3.Connection,
+    function: Callable[[Transaction], Any],
+    future: asyncio.Future[Any],
+) -> tuple[asyncio.Future[Any], Any, BaseException | None]:
+    """Run a function and end its transaction."""
+    try:
+        result = function(connection)
+    except Exception as error:
+        if _is_disk_full(error):
+            raise  # SQLite may have rolled back by itself (lang_transaction.html)
+        connection.execute("ROLLBACK")
+        return future, None, error
+    connection.execute("COMMIT")
+    return future, result, None
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -257,10 +279,17 @@ def _run_in_savepoint(
     return result, failure
 
 
-def _resolve(future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
-    if future.done():
-        return
-    if failure is not None:
-        future.set_exception(failure)
-    else:
-        future.set_result(result)
+def _wake(
+    outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]],
+    heard: list[Callable[[], object] | None],
+) -> None:
+    for call in heard:
+        if call is not None:
+            call()
+    for future, result, failure in outcomes:
+        if future.done():
+            continue
+        if failure is not None:
+            future.set_exception(failure)
+        else:
+            future.set_result(result)

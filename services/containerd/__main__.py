@@ -39,6 +39,7 @@ def _run() -> None:
     config = parse()
     logs.configure("containerd", config.log_level)
     program.require_root(NAME, "mounts and makes devices")
+    program.import_grpc()
     tracing.configure(NAME)
     asyncio.run(_serve(config))
 

@@ -30,6 +30,7 @@ def _run() -> None:
     config = parse()
     logs.configure("daemon", config.log_level)
     program.require_root(NAME, "mounts and sets up networks")
+    program.import_grpc()
     tracing.configure(NAME)
     asyncio.run(_serve(config))
 

@@ -87,13 +87,11 @@ class Journal:
         self._new_bytes = 0  # since the last truncation; touched in the writer's thread
         self._grown = asyncio.Event()
         self._appended = False  # touched in the writer's thread only
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._wakeup = asyncio.Event()
         self._stopped = False
 
     def attach(self) -> None:
-        """Have this event loop woken by commits."""
-        self._loop = asyncio.get_running_loop()
+        """Have readers that follow woken by commits."""
         self._db.on_commit(self._committed)
 
     def stop(self) -> None:
@@ -250,12 +248,15 @@ class Journal:
             log.info("journal truncated", events=count)
         return count
 
-    def _committed(self) -> None:
-        if self._appended and self._loop is not None:
-            self._appended = False
-            self._loop.call_soon_threadsafe(self._wake)
-            if self._new_bytes > self._keep_bytes // 4:
-                self._loop.call_soon_threadsafe(self._grown.set)
+    def _committed(self) -> Callable[[], None] | None:
+        if not self._appended:
+            return None
+        self._appended = False
+        return self._wake_and_grow if self._new_bytes > self._keep_bytes // 4 else self._wake
+
+    def _wake_and_grow(self) -> None:
+        self._wake()
+        self._grown.set()
 
     def _wake(self) -> None:
         self._wakeup.set()
@@ -273,5 +274,8 @@ def _from_row(row: sqlite3.Row) -> JournalEntry:
 
 
 def _read(tx: sqlite3.Connection, *, seq: int, limit: int) -> tuple[Sequence[sqlite3.Row], int]:
-    """Events from ``seq`` on, and the number of the oldest that there is."""
-    return rows.read(tx, seq, limit=limit), rows.bounds(tx)[0]
+    """Events from ``seq`` on, and the number of the oldest that there is, or ``seq``."""
+    found = rows.read(tx, seq, limit=limit)
+    if found and found[0]["seq"] == seq:  # so nothing of what was asked for is gone
+        return found, seq
+    return found, rows.bounds(tx)[0]

@@ -33,7 +33,11 @@ def append(
 
 def bounds(tx: sqlite3.Connection) -> tuple[int, int]:
     """The first and the last sequence number; (1, 0) when there was never an event."""
-    row = tx.execute("SELECT ifnull(min(seq), 1), ifnull(max(seq), 0) FROM journal").fetchone()
+    # Two queries in one: SQLite looks a minimum or a maximum up, but reads all for both together.
+    row = tx.execute(
+        "SELECT ifnull((SELECT min(seq) FROM journal), 1),"
+        " ifnull((SELECT max(seq) FROM journal), 0)"
+    ).fetchone()
     return int(row[0]), int(row[1])
 
 

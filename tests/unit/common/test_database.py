@@ -46,6 +46,26 @@ async def test_a_failed_write_is_undone_alone(db):
     assert await db.read(names) == ["a", "b"]
 
 
+async def test_a_write_that_fails_by_itself_leaves_nothing(db):
+    def broken(tx):
+        insert("broken")(tx)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await db.write(broken)
+    assert db.look(names) == []
+    await db.write(insert("a"))
+    assert db.look(names) == ["a"]
+
+
+async def test_what_a_commit_calls_for_is_called_on_the_loop_before_its_writer_goes_on(db):
+    called = []
+    db.on_commit(lambda: lambda: called.append(threading.current_thread()))
+    db.on_commit(lambda: None)
+    await db.write(insert("a"))
+    assert called == [threading.current_thread()]
+
+
 async def test_a_look_sees_what_is_committed_and_leaves_nothing_open(db):
     assert db.look(names) == []
     await db.write(insert("a"))

@@ -12,6 +12,7 @@ from services.common.background import Background
 from services.common.database import Database
 from services.common.errors import Internal, OutOfRange, Unavailable
 from services.containerd.events.journal import Journal, JournalEntry, Truncated
+from services.containerd.metadata import journal as rows
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.rpc.encoding import encode_event
 from tests.fakes.eventually import eventually
@@ -276,3 +277,26 @@ async def _bytes_below(meta: Metadata, limit: int) -> bool:
         lambda tx: tx.execute("SELECT sum(length(value)) FROM journal").fetchone()[0]
     )
     return bool(total < limit)
+
+
+async def test_a_reader_does_not_pay_for_the_length_of_the_journal(meta: Metadata) -> None:
+    def fill(tx: sqlite3.Connection) -> None:
+        for _ in range(5000):
+            meta.journal.append(tx, NS, "/e", "containerd.events.NamespaceDelete", {"name": "e"})
+
+    await meta.db.write(fill)
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 100
+
+    def bounds(tx: sqlite3.Connection) -> tuple[int, int]:
+        tx.set_progress_handler(count, 100)
+        try:
+            return rows.bounds(tx)
+        finally:
+            tx.set_progress_handler(None, 0)
+
+    assert meta.db.look(bounds) == (1, 5000)
+    assert steps < 1000
