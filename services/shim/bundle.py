@@ -74,7 +74,7 @@ class Bundle:
     def write(self, name: str, data: Mapping[str, object]) -> None:
         """Replace a JSON file of the bundle."""
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(data))
+        temporary.write_bytes(json.dumps(data).encode())
         temporary.rename(self.path / name)
 
     def remove(self, name: str) -> None:

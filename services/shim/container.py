@@ -117,12 +117,15 @@ class Container:
         self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)
         self.exits.has_hooks = bundles.has_hooks(spec)
         async with AsyncExitStack() as undo:
-            if self._rootfs:
-                await asyncio.to_thread(self._mount)
-                undo.push_async_callback(_tolerated, self.unmount)
+            # What needs no root file system is done while the kernel mounts it.
+            mounted = asyncio.ensure_future(asyncio.to_thread(self._mount))
+            undo.push_async_callback(self._take_down, mounted)
             self.init.io = await around.open_io(self.id, self.init.stdio)
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
+            if self._image is None and hasattr(self.runtime, "prepare"):
+                self.runtime.prepare(self.bundle.path)
+            await mounted
             if self._image is not None:
                 self._image = await asyncio.to_thread(checkpoint.keep, self._image, self.bundle)
                 self._emit(events.TASK_CREATE, self._create_fields(0))
@@ -482,8 +485,16 @@ class Container:
             process.io = None
 
     def _mount(self) -> None:
+        if not self._rootfs:
+            return
         self.bundle.rootfs.mkdir(mode=0o711, exist_ok=True)
         mounts.mount_all(self._rootfs, self.bundle.rootfs)
+
+    async def _take_down(self, mounted: asyncio.Future[None]) -> None:
+        """Undo the mounting, which may be under way."""
+        await asyncio.wait([mounted])
+        if mounted.exception() is None:  # else there is nothing mounted
+            await _tolerated(self.unmount)
 
     async def _force_delete(self) -> None:
         await self.runtime.delete(force=True)

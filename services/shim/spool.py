@@ -152,7 +152,7 @@ class Spool:
 
     def _write(self, spooled: SpooledEvent) -> None:
         temporary = self._directory / f"{spooled.seq}.tmp"
-        temporary.write_text(json.dumps(_document(spooled)))
+        temporary.write_bytes(json.dumps(_document(spooled)).encode())
         temporary.rename(self._directory / str(spooled.seq))
         self._files.add(spooled.seq)
 

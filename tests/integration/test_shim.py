@@ -483,6 +483,10 @@ async def test_missing_runtime_and_failing_mount_leave_nothing(node):
     with pytest.raises(errors.FailedPrecondition, match=r"cannot mount no-such-fs.*No such device"):
         await shim.create(binary=node.runtime, rootfs=bad)
     assert not is_mounted(shim)
+    for rootfs in (node.mounts(), bad):  # which is being mounted when the stream is not found
+        with pytest.raises(errors.FailedPrecondition, match="/no/such/fifo"):
+            await shim.create(binary=node.runtime, rootfs=rootfs, stdout="/no/such/fifo")
+        assert not is_mounted(shim)
 
 
 async def test_overlay_with_more_options_than_a_page(node):

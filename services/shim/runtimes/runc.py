@@ -51,6 +51,13 @@ class RuncRuntime:
         self._reaper = reaper
         self._timeout_s = timeout_s
         self._program = programs.find(options.binary)
+        self._to_keep: seccomp.Wanted | None = None
+
+    def prepare(self, bundle: Path) -> None:
+        """See :meth:`Runtime.prepare`."""
+        self._to_keep = seccomp.prepare(
+            bundle, state=self._options.root, container_id=self._id, program=self._program
+        )
 
     async def create(
         self, *, bundle: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
@@ -65,12 +72,9 @@ class RuncRuntime:
         if self._options.no_new_keyring and "no-new-keyring" not in self._program.lacks:
             arguments.append("--no-new-keyring")
         _remove(pid_file)
-        to_keep = seccomp.prepare(
-            bundle, state=self._options.root, container_id=self._id, program=self._program
-        )
         await self._run([*arguments, self._id], stdio=stdio, classify=failures.classify_creation)
-        if to_keep is not None:
-            seccomp.keep(to_keep)
+        if self._to_keep is not None:
+            seccomp.keep(self._to_keep)
         return self._read_pid(pid_file)
 
     async def start(self) -> None:

@@ -119,6 +119,13 @@ class Runtime(Protocol):
 
     name: str
 
+    def prepare(self, bundle: Path) -> None:
+        """Do for a create what needs no root file system, while that is mounted. Blocks, shortly.
+
+        A plug-in may be without.
+        """
+        ...
+
     async def create(
         self, *, bundle: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
     ) -> int:

@@ -114,8 +114,10 @@ class Bench:
 
     async def create(self, runtime=None):
         null = os.open(os.devnull, os.O_RDWR)
+        runtime = runtime or self.runtime
         try:
-            return await (runtime or self.runtime).create(
+            runtime.prepare(self.bundle)
+            return await runtime.create(
                 bundle=self.bundle,
                 pid_file=self.bundle / "init.pid",
                 stdio=RuntimeStdio(null, null, null),
