@@ -11,7 +11,7 @@ import contextlib
 import signal
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -27,6 +27,7 @@ from services.common.errors import (
 )
 from services.shim import bundle as bundles
 from services.shim import cgroups, checkpoint, events, launch
+from services.shim.bundle import plain
 from services.shim.events import Event
 from services.shim.exits import Exits
 from services.shim.handover import Skeleton, renamed
@@ -324,8 +325,8 @@ class Container:
             "bundle": str(self.bundle.path),
             "runtime": self.options.binary,
             "runtime_root": str(self.options.root),
-            "options": asdict(self.options) | {"root": str(self.options.root)},
-            "rootfs": [asdict(mount) for mount in self._rootfs],
+            "options": plain(self.options) | {"root": str(self.options.root)},
+            "rootfs": [plain(mount) for mount in self._rootfs],
             "own_pid_namespace": self.exits.own_pid_namespace,
             "has_hooks": self.exits.has_hooks,
             "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
@@ -443,7 +444,7 @@ class Container:
         return {
             "container_id": self.id,
             "bundle": str(self.bundle.path),
-            "rootfs": [asdict(mount) for mount in self._rootfs],
+            "rootfs": [plain(mount) for mount in self._rootfs],
             "stdin": stdio.stdin,
             "stdout": stdio.stdout,
             "stderr": stdio.stderr,

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import os
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from services.common import linux
 from services.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from services.shim.bundle import plain
 from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class ExitRecord:
 
     @classmethod
     def unpack(cls, saved: Mapping[str, Any]) -> Self:
-        """The record that ``dataclasses.asdict`` made plain data of."""
+        """The record that ``plain`` made plain data of."""
         return cls(
             status=saved["status"],
             exited_at_ns=saved["exited_at_ns"],
@@ -334,7 +335,7 @@ class Process:
             "terminal": self.stdio.terminal,
             "exit_status": record.status if record else None,
             "exited_at_ns": record.exited_at_ns if record else None,
-            "exit": asdict(record) if record else None,
+            "exit": plain(record) if record else None,
         }
 
     def _close_pidfd(self) -> None:

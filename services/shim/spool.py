@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_RECENT = 8
+
 
 @dataclass(frozen=True, slots=True)
 class SpooledEvent:
@@ -100,7 +102,7 @@ class Spool:
             self._memory[seq] = spooled
             self._write_failed()
             log.error("spool write failed, event kept in memory", seq=seq, error=str(error))
-        if self._keep:
+        if self._keep or len(self._memory) < _RECENT:  # most go out in a moment
             self._memory[seq] = spooled
         self.last_seq = seq
         self._held.add(seq)
