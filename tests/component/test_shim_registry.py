@@ -18,6 +18,11 @@ from tests.fakes.registry_server import FakeRegistry
 from tests.fakes.shim_harness import plain_spec
 
 
+@pytest.fixture(params=[False, True], ids=["ttrpc", "grpc"], autouse=True)
+def older(request, monkeypatch):
+    monkeypatch.setattr(registry_server, "OLDER", request.param)
+
+
 def spool(shim):
     return sorted(int(path.name) for path in (shim.bundle / "spool").iterdir())
 

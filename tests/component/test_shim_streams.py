@@ -60,7 +60,9 @@ async def test_who_waits_for_an_exec_that_never_runs_is_told(maker, fake, end):
     request = shim.exec_request("e", ["/no/such"], stdout="theseus-stream:")
     await shim.call("Exec", request)
     attaching = asyncio.create_task(shim.output(exec_id="e"))
-    await shim.state("e")
+    async with asyncio.timeout(10):
+        while 'grpc_method="Attach"' not in await shim.metrics():
+            await asyncio.sleep(0)
     if end == "deleted":
         await shim.delete("e")
     else:

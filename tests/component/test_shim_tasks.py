@@ -272,6 +272,7 @@ async def test_create_that_fails_leaves_nothing_and_can_be_repeated(
     fake.fail("create", **fault)
     await registry.wait_for(lambda r: r.hellos)
     await shim.info()  # from here on its connections stand
+    await shim.call("Connect", shim_pb2.ConnectRequest(id=shim.id))
     open_files = open_files_of(shim)
     with pytest.raises(kind, match=words):
         await shim.create(binary=fake.path, stdout="theseus-stream:", stdin="theseus-stream:")

@@ -1,6 +1,7 @@
 """A fake containerd as shims see it: the Registry service, with a journal in a file.
 
-In a test's own process: ``FakeRegistry``. As a program, to be SIGKILLed:
+It is served over ttrpc beside the socket that shims are told, or over gRPC there if it is to be an
+older one. In a test's own process: ``FakeRegistry``. As a program, to be SIGKILLed:
 ``python registry_server.py SOCKET JOURNAL EPOCH``; it prints a line once it serves.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from protos.containerd.events import task_pb2
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc
+from services.common.metrics import ServerMetrics
+from services.common.server import Methods
+from services.common.ttrpc.server import TtrpcServer
+from services.common.ttrpc_handlers import Handlers
 
 MESSAGES = {
     f"containerd.events.{name}": getattr(task_pb2, name)
@@ -35,6 +42,9 @@ MESSAGES = {
         "TaskCheckpointed",
     )
 } | {"theseus.shim.v1.ProcessState": registry_pb2.ProcessState}
+
+OLDER = False
+"""Whether those that are made are older ones; a test may set it."""
 
 
 @dataclass
@@ -55,6 +65,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer):
     epoch: int = 1
     acknowledge: bool = True
     journal: Path | None = None
+    older: bool = field(default_factory=lambda: OLDER)
     hellos: list = field(default_factory=list)
     events: list = field(default_factory=list)
     raw_count: int = 0
@@ -66,16 +77,33 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer):
 
     async def start(self):
         self.socket.parent.mkdir(parents=True, exist_ok=True)
-        self.server = grpc.aio.server()
-        registry_pb2_grpc.add_RegistryServicer_to_server(self, self.server)
-        new = self.socket.with_name(self.socket.name + ".new")
-        self.server.add_insecure_port(f"unix:{new}")
-        await self.server.start()
-        new.rename(self.socket)
+        if self.older:
+            self.server = grpc.aio.server()
+            registry_pb2_grpc.add_RegistryServicer_to_server(self, self.server)
+            new = self.socket.with_name(self.socket.name + ".new")
+            self.server.add_insecure_port(f"unix:{new}")
+            await self.server.start()
+            new.rename(self.socket)
+            return
+        methods = Methods(ServerMetrics(CollectorRegistry()))
+        registry_pb2_grpc.add_RegistryServicer_to_server(self, methods)
+        listener = socket.socket(socket.AF_UNIX)
+        new = self._path.with_name("ttrpc.new")
+        new.unlink(missing_ok=True)
+        listener.bind(str(new))
+        listener.listen()
+        listener.setblocking(False)
+        self.server = TtrpcServer(Handlers(methods).answer)
+        await self.server.start(listener)
+        new.rename(self._path)
 
     async def stop(self):
-        self.socket.unlink(missing_ok=True)
-        await self.server.stop(None)
+        self._path.unlink(missing_ok=True)
+        await self.server.stop(0)
+
+    @property
+    def _path(self):
+        return self.socket if self.older else self.socket.with_name(f"{self.socket.name}.ttrpc")
 
     async def Register(self, request_iterator, context):
         first = await anext(request_iterator)
@@ -144,7 +172,7 @@ async def main(socket, journal, epoch):
     await registry.start()
     sys.stdout.write("serving\n")
     sys.stdout.flush()
-    await registry.server.wait_for_termination()
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

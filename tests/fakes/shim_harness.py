@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, message_factory
 
 from protos.containerd.task.v3 import shim_pb2, shim_pb2_grpc
 from protos.containerd.types.runc.options import oci_pb2
@@ -29,11 +29,13 @@ from protos.theseus.shim.v1 import (
 )
 from services.common.client import connect
 from services.common.errors import Unavailable
+from services.common.peer import Peer
 from services.common.rpc_errors import translated
 from tests.fakes.eventually import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CALL_LIMIT_S = 20
+_TASK = shim_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
 class FactoryProcess:
@@ -110,7 +112,7 @@ class KeeperProcess:
 
 
 class RunningShim:
-    """A shim that the factory started, and stubs to it."""
+    """A shim that the factory started: its task API over ttrpc, and stubs over gRPC."""
 
     def __init__(self, answer: dict, request: dict) -> None:
         self.pid = answer["pid"]
@@ -119,15 +121,19 @@ class RunningShim:
         self.id = request["id"]
         self.pidfd = os.pidfd_open(self.pid)
         self._inits: list[int] = []  # pidfds: who adopts a container is not its parent
+        self.peer = Peer(request["socket"], namespace=request["namespace"])
         self.channel = connect(request["socket"], namespace=request["namespace"])
         self.task = shim_pb2_grpc.TaskStub(self.channel)
         self.streams = streams_pb2_grpc.StreamsStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
 
     async def call(self, name: str, request):
-        """A call of the task API; raises our errors."""
-        with translated():
-            return await getattr(self.task, name)(request, timeout=CALL_LIMIT_S)
+        """A call of the task API, as containerd makes it; raises our errors."""
+        method = _TASK.methods_by_name[name]
+        answer = await self.peer.call(
+            f"{_TASK.full_name}/{name}", request.SerializeToString(), timeout_s=CALL_LIMIT_S
+        )
+        return message_factory.GetMessageClass(method.output_type).FromString(answer)
 
     async def create(self, *, binary="", rootfs=(), options=None, **streams):
         """Create the container."""
@@ -264,6 +270,7 @@ class RunningShim:
         It is left the time to have the runtime delete what it has deleted, as containerd does.
         """
         await eventually(lambda: not self._is_deleting())
+        await self.peer.close()
         await self.channel.close()
         inits = [pid for pidfd in self._inits if (pid := pid_of(pidfd))]
         kill_tree(inits, limit_s=10)  # their children too: without a pid namespace they stay
