@@ -357,12 +357,12 @@ def syncfs(fd: int) -> None:
 
 
 def setns(fd: int, nstype: int = 0) -> None:
-    """Call setns(2). Namespaces belong to threads: call it in a child, never in a service."""
+    """Call setns(2). Namespaces belong to threads: for a child, or a thread that ends with it."""
     _check(_libc.setns(fd, nstype), "setns")
 
 
 def unshare(flags: int) -> None:
-    """Call unshare(2). Namespaces belong to threads: call it in a child, never in a service."""
+    """Call unshare(2). Namespaces belong to threads: for a child, or a thread that ends with it."""
     _check(_libc.unshare(flags), "unshare")
 
 

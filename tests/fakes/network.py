@@ -14,7 +14,7 @@ class FakeNetwork:
         self.refuse = ""
         self.torn_down = False
 
-    async def attach(self, container_id, netns_path, ports=()):
+    async def attach(self, container_id, netns_path, ports=(), *, chosen=None):
         if self.refuse:
             raise FailedPrecondition(self.refuse)
         self.directory.mkdir(exist_ok=True)
@@ -22,7 +22,7 @@ class FakeNetwork:
         if path.exists():
             raise AlreadyExists(f"{container_id} is attached")
         path.write_text(str(netns_path))
-        return Endpoint(
+        endpoint = Endpoint(
             container_id=container_id,
             network="bridge",
             ip=IPv4Address("10.77.0.2"),
@@ -36,9 +36,14 @@ class FakeNetwork:
                 for p in ports
             ),
         )
+        if chosen is not None:
+            await chosen(endpoint)
+        return endpoint
 
-    async def detach(self, container_id):
+    async def detach(self, container_id, *, given_back=None):
         (self.directory / container_id).unlink(missing_ok=True)
+        if given_back is not None:
+            await given_back()
 
     async def restore(self, containers):
         for container_id in self.attached():

@@ -17,6 +17,7 @@ import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="ne
 ROOT = Path(__file__).parents[2]
 HOST, OUTER = "192.0.2.1", "192.0.2.2"
 CRASH_STATUS = 9
+HERE = Path("/proc/thread-self/ns/net")  # the namespace of the thread that looks
 
 # Answers every peer with "<name> <address of the peer>"; says so when it listens.
 SERVER = """
@@ -112,11 +114,13 @@ class Lab:
     async def outer(self) -> Path:
         """Build the machine beyond the host."""
         path = self.directory / "outer"
-        await netns.configure(
+        await netns.inside(
             path,
-            f"link add name up0 type veth peer name uplink netns {os.getpid()}\n"
-            f"link set up0 up\naddr add {OUTER}/24 dev up0\n"
-            f"route add default via {HOST}\n",
+            lambda: batch(
+                f"link add name up0 type veth peer name uplink netns {os.getpid()}\n"
+                f"link set up0 up\naddr add {OUTER}/24 dev up0\n"
+                f"route add default via {HOST}\n"
+            ),
         )
         self.stack.push_async_callback(netns.delete_netns, path)
         sh("ip", "addr", "add", f"{HOST}/24", "dev", "uplink")
@@ -152,6 +156,10 @@ def make_config(directory: Path) -> NetworkConfig:
 
 def sh(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+
+def batch(commands: str) -> None:
+    subprocess.run(["ip", "-batch", "-"], input=commands, check=True, text=True)
 
 
 def ask(address: str, port: int, *, where: Path | None = None, timeout_s: float = 5) -> str:
@@ -340,13 +348,53 @@ async def a_failed_attach_leaves_nothing(directory: Path) -> None:
     async with lab(directory) as it:
         await it.attach("one")
         path = it.netns("two")
-        await netns.configure(path, "link add name eth0 type bridge\n")
+        await netns.inside(path, lambda: batch("link add name eth0 type bridge\n"))
         with pytest.raises(Internal, match="exists"):
             await it.attach("two", PortMapping(80, 8080))
         assert await it.network.endpoint("two") is None
         assert not path.exists()
         assert published_elements() == []
         assert len(await links.plugged("thtest0")) == 1
+
+
+@scenario
+async def a_namespace_is_entered_by_a_thread_of_its_own(directory: Path) -> None:
+    path = directory / "one"
+    here = HERE.stat().st_ino
+    seen = []
+    for _ in range(2):  # made, then entered
+        await netns.inside(path, lambda: seen.append(HERE.stat().st_ino))
+    assert seen[0] == seen[1] == path.stat().st_ino != here
+    assert HERE.stat().st_ino == here
+    for _ in range(8):
+        there = await asyncio.to_thread(HERE.stat)
+        assert there.st_ino == here
+    (directory / "file").touch()
+    with pytest.raises(Internal, match="cannot make network namespace"):
+        await netns.inside(directory / "file" / "two", lambda: None)
+    await netns.delete_netns(path)
+    assert not path.exists()
+
+
+@scenario
+async def the_links_are_as_they_were_asked_for(directory: Path) -> None:
+    async with lab(directory) as it:
+        one = await it.attach("one", PortMapping(80, 8080))
+        two = await it.attach("two")
+        inside = ["nsenter", f"--net={one.netns_path}", "ip", "-json", "-details"]
+        lo, eth0 = json.loads(sh(*inside, "addr"))
+        assert "UP" in lo["flags"]
+        assert {"UP", "LOWER_UP"} <= set(eth0["flags"])
+        assert (eth0["ifname"], eth0["address"], eth0["mtu"]) == ("eth0", one.mac, 1500)
+        (address,) = eth0["addr_info"]  # and none of IPv6
+        assert (address["local"], address["prefixlen"]) == (str(one.ip), one.prefix_length)
+        assert address["broadcast"] == str(it.network.config.gateway.network.broadcast_address)
+        (default,) = (r for r in json.loads(sh(*inside, "route")) if r["dst"] == "default")
+        assert (default["gateway"], default["dev"]) == (str(one.gateway), "eth0")
+        for endpoint, hairpin in ((one, True), (two, False)):
+            (host,) = json.loads(sh("ip", "-json", "-details", "addr", "show", endpoint.link))
+            assert (host["master"], host["addr_info"]) == (it.network.config.bridge, [])
+            assert host["linkinfo"]["info_slave_data"]["hairpin"] is hairpin
 
 
 @scenario
@@ -391,12 +439,16 @@ async def restore_finishes_an_interrupted_attach(directory: Path) -> None:
 
 @scenario
 async def restore_finishes_an_interrupted_detach(directory: Path) -> None:
-    for step in ("withdrawn", "disconnected"):
-        place = directory / step
+    for step, known in product(("withdrawn", "forgotten"), (True, False)):
+        place = directory / f"{step}-{known}"
         place.mkdir()
         await crash(place, "detach", step)
         async with lab(place) as it:
-            assert await it.network.endpoint("one") is not None
+            assert (await it.network.endpoint("one") is None) == (step == "forgotten")
+            assert netns.exists(it.netns("one"))
+            if known:  # its container is cleaned up once more
+                await it.network.restore(["one"])
+                await it.network.detach("one")
             await it.network.restore([])
             assert await it.network.endpoint("one") is None
             assert list(directory.glob("*/netns/*")) == []
@@ -409,8 +461,8 @@ async def restore_makes_what_is_missing(directory: Path) -> None:
         one = await it.attach("one", PortMapping(80, 8080))
         await it.attach("gone", PortMapping(80, 9090))
         await it.serve(one.netns_path, 80, "one")
-        await netns.create_netns(it.netns("stranger"))
-        await netns.create_netns(it.netns("unattached"))
+        await netns.inside(it.netns("stranger"), lambda: None)
+        await netns.inside(it.netns("unattached"), lambda: None)
         sh("nft", "flush", "ruleset")
         sh("ip", "link", "delete", "thtest0")
         assert ask("127.0.0.1", 8080, timeout_s=0.3) == ""

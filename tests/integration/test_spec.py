@@ -196,7 +196,8 @@ def test_the_namespace_of_a_network_is_joined(run: Callable[..., str], tmp_path:
     path = tmp_path / "netns"
 
     async def joined() -> str:
-        await netns.configure(path, "link add name mark type bridge\n")
+        mark = ["ip", "link", "add", "name", "mark", "type", "bridge"]
+        await netns.inside(path, lambda: subprocess.check_call(mark))
         try:
             return await asyncio.to_thread(
                 run,

@@ -72,19 +72,17 @@ class Cleaner:
 
         A network that refuses is logged, and tried again by the next clean-up.
         """
+
+        async def told() -> None:
+            record = self._below.store.get(container_id)
+            if record is not None and (record.endpoints or record.ports):
+                await self._below.store.change(container_id, _without_place)
+
         try:
-            await self._below.network.detach(container_id)
+            await self._below.network.detach(container_id, given_back=told)
         except TheseusError as error:
             log.warning("network not detached", container_id=container_id, error=error.message)
-
-        record = self._below.store.get(container_id)
-        if record is None or not (record.endpoints or record.ports):
-            return
-
-        def release(present: ContainerRecord) -> ContainerRecord:
-            return dataclasses.replace(present, endpoints=(), ports=())
-
-        await self._below.store.change(container_id, release)
+            await told()
 
     async def _delete_task(self, container_id: ContainerId) -> None:
         try:
@@ -99,3 +97,7 @@ class Cleaner:
         with suppress(NotFound):  # it ended by itself
             await self._below.tasks.kill(container_id, _SIGKILL)
             await self._below.tasks.wait_end(container_id, timeout_s=_KILL_TIMEOUT_S)
+
+
+def _without_place(record: ContainerRecord) -> ContainerRecord:
+    return dataclasses.replace(record, endpoints=(), ports=())

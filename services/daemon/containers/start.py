@@ -43,6 +43,7 @@ from services.daemon.containers.rootfs import root_layers
 from services.daemon.containers.runtime import Stdio
 from services.daemon.spec.request import NetworkMode
 from services.daemon.spec.users import resolve_user
+from services.daemon.together import both
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -204,7 +205,7 @@ class _Attempt:
         """
         below, self._record = self._below, record
         program = self._runtimes.program(record.config.runtime)
-        netns_path, (root, user) = await _both(self._connect(), looked_up)
+        netns_path, (root, user) = await both(self._connect(), looked_up)
         below.trace("start:connected")
         spec = await self._specification(netns_path, user)
         await below.containers.put(
@@ -231,16 +232,18 @@ class _Attempt:
             return ""
         path = below.netns_directory / record.id
         with tracing.span("network attach"):
-            endpoint = await below.network.attach(
-                record.id, path, plan.network_ports(record.config.ports)
+            await below.network.attach(
+                record.id, path, plan.network_ports(record.config.ports), chosen=self._place
             )
-        self._record = await below.store.change(
-            record.id,
+        return str(path)
+
+    async def _place(self, endpoint: network.Endpoint) -> None:
+        self._record = await self._below.store.change(
+            self._record.id,
             lambda present: dataclasses.replace(
                 present, endpoints=(_endpoint(endpoint),), ports=_ports(endpoint.ports)
             ),
         )
-        return str(path)
 
     async def root(self) -> tuple[list[RootMount], ResolvedUser]:
         """The snapshot's mounts, and the user in it; nothing is changed."""
@@ -294,18 +297,6 @@ async def _under_way(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _both(first: Any, second: Any) -> Any:
-    """Two things at once; when one fails the other one is ended before the failure is raised."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _endpoint(endpoint: network.Endpoint) -> Endpoint:

@@ -1,9 +1,10 @@
 """The bridge network: one Linux bridge, a veth pair for each container, rules in one nft table.
 
 The bridge and the rules are made when the first container needs them. Steps of attach, in order:
-row, bridge, namespace and link, published ports; of detach: ports, namespace (its link goes with
-it), row. Whatever step is the last before a crash, the row is still there, and :meth:`restore`
-takes the endpoint away or completes it.
+row, bridge, namespace and link, published ports; of detach: ports, row, namespace (its link goes
+with it). A crash leaves a row, by which :meth:`restore` takes the endpoint away or completes it, or
+a namespace that has none, which it sweeps away. An address that was given back rests, so that the
+link which lingers does not meet another of the same address.
 
 ``_setup`` guards the making and removing of bridge and table; the table's own lock is taken inside.
 """
@@ -32,10 +33,11 @@ from services.daemon.networks import conntrack, ipam, links, netns
 from services.daemon.networks.firewall import Table
 from services.daemon.networks.network import Endpoint, PortMapping
 from services.daemon.networks.ports import PortInUse, check_conflicts, normalize_ports, probe
+from services.daemon.together import both
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from services.common.database import Database
     from services.daemon.networks.firewall import Published
@@ -68,36 +70,47 @@ class BridgeNetwork:
         self._mtu = config.mtu
 
     async def attach(
-        self, container_id: str, netns_path: Path, ports: Sequence[PortMapping] = ()
+        self,
+        container_id: str,
+        netns_path: Path,
+        ports: Sequence[PortMapping] = (),
+        *,
+        chosen: Callable[[Endpoint], Awaitable[object]] | None = None,
     ) -> Endpoint:
         """See :meth:`Network.attach`."""
         endpoint = await self._record(container_id, netns_path, normalize_ports(ports))
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, container_id)
             self._trace("recorded")
-            await self._ensure()
-            await self._connect(endpoint)
-            self._trace("connected")
-            if endpoint.ports:
-                await self._publish(endpoint)
-            self._trace("published")
+            work = self._make(endpoint)
+            await (work if chosen is None else both(work, chosen(endpoint)))
             undo.pop_all()
         log.info("endpoint attached", container_id=container_id, address=str(endpoint.ip))
         return endpoint
 
-    async def detach(self, container_id: str) -> None:
+    async def detach(
+        self, container_id: str, *, given_back: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         """See :meth:`Network.detach`."""
         row = self._db.look(partial(rows.get, container_id=container_id))
         if row is None:
+            if given_back is not None:
+                await given_back()
+            path = self.config.netns_directory / container_id
+            if netns.exists(path):  # that detach was cut off after its row had gone
+                await netns.delete_netns(path)
             return
         endpoint = self._endpoint(row)
         await self._withdraw(endpoint)
         self._trace("withdrawn")
-        await netns.delete_netns(endpoint.netns_path)
-        self._trace("disconnected")
-        await self._db.write(
+        forgotten = self._db.write(
             partial(rows.delete, container_id=container_id, released_at_ns=time.time_ns())
         )
+        # Two records, in whichever order they get to the disk: without a row there is nothing to
+        # detach, and what is detached is not on the container's record for long.
+        await (forgotten if given_back is None else both(forgotten, given_back()))
+        self._trace("forgotten")
+        await netns.delete_netns(endpoint.netns_path)
         log.info("endpoint detached", container_id=container_id, address=str(endpoint.ip))
 
     async def endpoint(self, container_id: str) -> Endpoint | None:
@@ -137,6 +150,14 @@ class BridgeNetwork:
             self._ready = False
         log.info("network torn down", network=self.config.name, bridge=self.config.bridge)
         return True
+
+    async def _make(self, endpoint: Endpoint) -> None:
+        await self._ensure()
+        await self._connect(endpoint)
+        self._trace("connected")
+        if endpoint.ports:
+            await self._publish(endpoint)
+        self._trace("published")
 
     async def _record(
         self, container_id: str, netns_path: Path, wanted: tuple[PortMapping, ...]
@@ -248,8 +269,8 @@ class BridgeNetwork:
             await asyncio.to_thread(conntrack.forget_udp, address=endpoint.ip)
 
     async def _connect(self, endpoint: Endpoint) -> None:
-        commands = links.container_side(self.config, endpoint, self._mtu)
-        await netns.configure(endpoint.netns_path, commands)
+        make = partial(links.make_container_side, endpoint, self._mtu)
+        await netns.inside(endpoint.netns_path, make)
         self._trace("linked")
         await links.plug(self.config, endpoint.link, hairpin=bool(endpoint.ports))
 

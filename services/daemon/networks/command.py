@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from services.common.errors import Internal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 30
 
@@ -25,7 +27,11 @@ async def run(argv: Sequence[str], *, text: str = "") -> str:
     Raises:
         Internal: it failed; the message has the end of what it said.
     """
-    work = asyncio.get_running_loop().run_in_executor(None, _run, argv, text)
+    return await to_end(asyncio.get_running_loop().run_in_executor(None, _run, argv, text))
+
+
+async def to_end(work: asyncio.Future[T]) -> T:
+    """The result of ``work`` in a thread, which is waited for even when the caller is cancelled."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

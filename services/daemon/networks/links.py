@@ -1,10 +1,12 @@
-"""Links of the bridge network: the text of ``ip -batch`` and questions to the kernel.
+"""Links of the bridge network: what the kernel, or ``ip -batch``, is told and asked.
 
-Everything here looks at, or changes, the network namespace that this process runs in.
+Everything here looks at, or changes, the network namespace that this process runs in; only
+:func:`make_container_side` that of the thread which calls it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -13,12 +15,14 @@ import socket
 import struct
 from contextlib import closing
 from hashlib import sha256
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.daemon.networks.command import run
+from services.common.errors import Internal
+from services.daemon.networks.command import run, to_end
 from services.daemon.networks.ipam import mac_of
+from services.daemon.networks.rtnetlink import Rtnetlink
 
 if TYPE_CHECKING:
     from services.daemon.networks.network import Endpoint, NetworkConfig
@@ -37,17 +41,22 @@ def link_name(bridge: str, container_id: str, created_at_ns: int) -> str:
     return f"th{sha256(seed.encode()).hexdigest()[:12]}"
 
 
-def container_side(config: NetworkConfig, endpoint: Endpoint, mtu: int) -> str:
-    """Commands inside the container's namespace; they leave the other end in ours."""
-    broadcast = config.gateway.network.broadcast_address
-    # One command makes both ends; no IPv6 addresses come by themselves (addrgenmode).
-    return f"""\
-link add name {CONTAINER_LINK} address {endpoint.mac} mtu {mtu} type veth \
-peer name {endpoint.link} mtu {mtu} netns {os.getpid()}
-link set {CONTAINER_LINK} addrgenmode none up
-addr add {endpoint.ip}/{endpoint.prefix_length} broadcast {broadcast} dev {CONTAINER_LINK}
-route add default via {endpoint.gateway}
-"""
+def make_container_side(endpoint: Endpoint, mtu: int) -> None:
+    """Make the link in the container's namespace, and the other end in ours. Blocks shortly.
+
+    The calling thread is in the container's namespace (:func:`netns.inside`).
+
+    Raises:
+        Internal: the kernel refused a step; those before it were done.
+    """
+    with Rtnetlink() as kernel:
+        kernel.add_veth(
+            CONTAINER_LINK, mac=endpoint.mac, mtu=mtu, peer=endpoint.link, peer_pid=os.getpid()
+        )
+        kernel.set_up(CONTAINER_LINK, plain=True)
+        index = socket.if_nametoindex(CONTAINER_LINK)
+        kernel.add_address(index, IPv4Interface((endpoint.ip, endpoint.prefix_length)))
+        kernel.add_default_route(endpoint.gateway)
 
 
 async def plug(config: NetworkConfig, link: str, *, hairpin: bool) -> None:
@@ -56,10 +65,18 @@ async def plug(config: NetworkConfig, link: str, *, hairpin: bool) -> None:
     ``hairpin`` lets frames leave by the link that they came from: with br_netfilter loaded, a
     container that uses a port which it published itself is led back to it inside the bridge.
     """
-    commands = f"link set {link} master {config.bridge} addrgenmode none up\n"
-    if hairpin:
-        commands += f"link set {link} type bridge_slave hairpin on\n"
-    await run(["ip", "-batch", "-"], text=commands)
+
+    def work() -> None:
+        try:
+            bridge = socket.if_nametoindex(config.bridge)
+        except OSError as error:
+            raise Internal(f"there is no bridge {config.bridge}") from error
+        with Rtnetlink() as kernel:
+            kernel.set_up(link, master=bridge, plain=True)
+            if hairpin:
+                kernel.set_hairpin(link)
+
+    await to_end(asyncio.get_running_loop().run_in_executor(None, work))
 
 
 async def make_bridge(config: NetworkConfig, mtu: int) -> None:

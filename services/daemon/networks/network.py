@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from ipaddress import IPv4Address
 
 _DEFAULT_GATEWAY = IPv4Interface("10.77.0.1/16")
@@ -96,11 +96,17 @@ class Network(Protocol):
     """
 
     async def attach(
-        self, container_id: str, netns_path: Path, ports: Sequence[PortMapping] = ()
+        self,
+        container_id: str,
+        netns_path: Path,
+        ports: Sequence[PortMapping] = (),
+        *,
+        chosen: Callable[[Endpoint], Awaitable[object]] | None = None,
     ) -> Endpoint:
         """Give a container its place: an address, a default route, its published ports.
 
-        The namespace is made when there is none at ``netns_path``. When the call fails, or is
+        ``chosen`` is awaited while links are made, once it is on record what the place will be. The
+        namespace is made when there is none at ``netns_path``. When the call fails, or is
         cancelled, nothing of the endpoint is left, its namespace included.
 
         Raises:
@@ -111,10 +117,15 @@ class Network(Protocol):
             Internal: the kernel refused a link or a rule.
         """
 
-    async def detach(self, container_id: str) -> None:
+    async def detach(
+        self, container_id: str, *, given_back: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         """Take the place away, with published ports, link and namespace.
 
-        Can be repeated, and resumed after an interruption; does nothing for a container without
+        ``given_back`` is awaited beside the record that address and ports are free, before the
+        namespace goes: nobody waits for that but the next attach. It is without an endpoint, too.
+
+        Can be repeated, and resumed after an interruption; does no more for a container without
         an endpoint. The kernel takes the link down some milliseconds later, by itself.
         """
 
