@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import grpc
 import pytest
@@ -123,6 +124,17 @@ async def test_a_removal_answers_before_what_nobody_sees_is_gone(made):
     deleting.set()
     await made.until(lambda: identity not in made.left()["files"])
     assert [container.name for container in await made.list_all()] == ["one"]
+
+
+async def test_a_removal_does_not_wait_for_the_time_that_clients_have_to_come_back(made):
+    await made.stop()
+    made.config = dataclasses.replace(made.config, return_grace_s=3600)
+    await made.start()
+    identity = await made.run("one", network_mode="none")
+    made.node.world.end(identity, 3)
+    await made.wait("one")
+    await made.remove("one")
+    await made.until(lambda: made.left() == NOTHING)
 
 
 async def test_who_removes_faster_than_can_be_removed_is_held_up(made, monkeypatch):

@@ -27,10 +27,10 @@ from services.daemon.containers.runtime import (
     Output,
     Started,
 )
+from services.daemon.together import first
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-    from typing import Any
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from services.daemon.containers.exec_store import ExecStore
     from services.daemon.containers.logs import Logs
@@ -138,7 +138,7 @@ class Attacher:
                 if early:
                     # Its start may be done and not recorded yet, and a part of the output be read.
                     yield relay.announce(Started(0, record.config.tty, relay.offset))
-                    await _first(opening.made.wait(), self._exec_begun(record))
+                    await first(opening.made.wait(), self._exec_begun(record))
                 try:
                     async for output in relay.run():
                         yield output
@@ -164,7 +164,7 @@ class Attacher:
             record.id,
             lambda now: now.state in (State.RUNNING, State.PAUSED) or now.exits > record.exits,
         )
-        return await _first(opening.made.wait(), started) is not None
+        return await first(opening.made.wait(), started) is not None
 
     async def _rest(
         self, record: ContainerRecord, relay: _Relay
@@ -290,18 +290,6 @@ class _Relay:
     def _check_input(self) -> None:
         if self._reading.done() and not self._reading.cancelled():
             self._reading.result()
-
-
-async def _first(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> Any:
-    """The result of the one of two that ends first; the other is cancelled."""
-    tasks = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(task for task in tasks if task.done()).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _aimed(target: AttachTarget, container_id: str) -> AttachTarget:

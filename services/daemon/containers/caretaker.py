@@ -18,6 +18,7 @@ import structlog
 
 from services.common.errors import DeadlineExceeded, TheseusError, Unavailable
 from services.daemon.containers.record import ContainerRecord, State
+from services.daemon.together import first
 
 if TYPE_CHECKING:
     from services.common.background import Background
@@ -124,8 +125,9 @@ class Caretaker:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                if await self._tell_the_end(container_id):
-                    await self._grace_over.wait()
+                if await self._tell_the_end(container_id) and not self._grace_over.is_set():
+                    removed = self._below.store.until(container_id, lambda _now: False)
+                    await first(self._grace_over.wait(), removed)
                 async with self._below.locks.hold(container_id):
                     await self._once(container_id)
                 return
