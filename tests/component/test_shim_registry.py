@@ -7,11 +7,14 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
+from services.common.ttrpc.server import TtrpcServer, methods
 from tests.fakes import registry_server
 from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
@@ -267,3 +270,36 @@ async def test_shutdown_waits_for_acknowledgements_unless_it_is_now(maker, fake)
         await shim.ended(0.2)
     await shim.shutdown(now=True)
     await shim.ended()
+
+
+@pytest.mark.parametrize("older", [True], ids=["grpc"], indirect=True)
+async def test_an_older_containerd_has_a_ttrpc_socket_without_a_register(maker, fake):
+    registry = FakeRegistry(maker.registry_socket)
+    await registry.start()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(maker.registry_socket.with_name("containerd.sock.ttrpc")))
+    listener.listen()
+    events = TtrpcServer(methods({}))
+    await events.start(listener)
+    shim = await maker.start(maker.bundle(plain_spec("/bin/sh", "-c", "exit 3")))
+    assert await run_to_the_end(shim, fake) == 3
+    await registry.wait_for_topic("/tasks/exit")
+    await events.stop()
+    await registry.stop()
+
+
+@pytest.mark.parametrize("older", [True], ids=["grpc"], indirect=True)
+async def test_a_register_that_is_not_there_is_asked_for_again(maker, fake):
+    server = grpc.aio.server()
+    maker.registry_socket.parent.mkdir(parents=True, exist_ok=True)
+    server.add_insecure_port(f"unix:{maker.registry_socket}")
+    await server.start()
+    shim = await maker.start(maker.bundle(plain_spec("/bin/sh", "-c", "exit 3")))
+    assert await run_to_the_end(shim, fake) == 3
+    log = shim.bundle / "shim.log"
+    await eventually(lambda: "has no register" in log.read_text())
+    await server.stop(0)
+    registry = FakeRegistry(maker.registry_socket)
+    await registry.start()
+    await registry.wait_for_topic("/tasks/exit")
+    await registry.stop()

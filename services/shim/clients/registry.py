@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from protos.theseus.shim.v1 import registry_pb2
 from services.common.client import connect
-from services.common.errors import TheseusError, Unimplemented
+from services.common.errors import TheseusError, Unavailable, Unimplemented
 from services.common.message_stream import GrpcStream
 from services.common.peer import Peer
 from services.shim.clients.appearance import Appearance
@@ -95,12 +95,10 @@ class RegistryClient:
     async def _register(self) -> bool:
         """One registration, to its end; returns whether it was ever welcomed."""
         try:
-            return await self._go_through(await self._peer.stream(_METHOD))
-        except Unimplemented:
-            pass
-        except TheseusError:  # nobody listens; perhaps an older containerd does
-            pass
-        return await self._register_with_older()
+            stream = await self._peer.stream(_METHOD)
+            return await self._go_through(stream)
+        except (Unavailable, Unimplemented):  # nobody listens there, or has a register
+            return await self._register_with_older()
 
     async def _register_with_older(self) -> bool:
         if not await self._is_there():
@@ -109,6 +107,9 @@ class RegistryClient:
         try:
             method: Any = channel.stream_stream(f"/{_METHOD}")  # no serializers: bytes both ways
             return await self._go_through(GrpcStream(method()))
+        except Unimplemented:
+            log.warning("containerd has no register of shims", address=str(self._address))
+            return False
         finally:
             await channel.close()
 
