@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -159,6 +160,25 @@ async def test_a_dead_shim_is_buried_with_true_statuses(node: Node, running: boo
     assert not Path(f"/proc/{init}").exists()
     assert (await node.call("Delete", "c1")).exit_status == expected
     assert (await node.topics()).count("/tasks/exit") == 1
+    await node.assert_clean()
+
+
+async def test_a_runtime_that_a_dead_shim_did_not_see_delete_is_told_again(
+    node: Node, runtime: str
+) -> None:
+    slow = node.root / "slow"  # a delete that comes to nothing, as if it were killed with the shim
+    slow.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" --force "*) ;; *" delete "*) exec sleep 0.3 ;; esac\n'
+        f'exec {shutil.which(runtime)} "$@"\n'
+    )
+    slow.chmod(0o755)
+    await node.create("c1", "sh", "-c", "exit 9", runtime=str(slow))
+    await node.call("Start", "c1")
+    await node.call("Wait", "c1")
+    shim = node.shim_pid("c1")
+    assert (await node.call("Delete", "c1")).exit_status == 9
+    os.kill(shim, signal.SIGKILL)
     await node.assert_clean()
 
 
