@@ -172,6 +172,20 @@ async def test_a_container_can_be_started_again(made):
     assert (await made.wait("one")).code == 2
 
 
+async def test_where_the_root_lies_is_asked_once_it_is_not_known(made):
+    asked = made.node.calls
+    identity = await made.run("one", network_mode="none")
+    await made.create("two", network_mode="none")
+    assert asked.count("Snapshots.Mounts") == 0
+    made.node.world.end(identity, 0)
+    await made.wait("one")
+    await made.begin("one")
+    assert asked.count("Snapshots.Mounts") == 1
+    await made.restart()
+    await made.begin("two")
+    assert asked.count("Snapshots.Mounts") == 2
+
+
 async def test_stop_asks_then_kills(made):
     identity = await made.run("one", network_mode="none", stop_signal="SIGINT")
     request = pb.StopContainerRequest(container="one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from services.daemon.clients.connection import Connection
 
 _GC_ROOT = "containerd.io/gc.root"
+_FRESH_MAX = 128
 
 
 def from_mounts(mounts: Iterable[mount_pb2.Mount]) -> list[RootMount]:
@@ -34,6 +36,9 @@ class ContainerdSnapshots:
         self._connection = connection
         self._snapshotter = snapshotter
         self._stub = snapshots_pb2_grpc.SnapshotsStub(connection.channel)
+        # Of snapshots that were just made: whoever mounts one first need not ask. Where a snapshot
+        # lies does not change while it is there.
+        self._fresh: OrderedDict[str, list[RootMount]] = OrderedDict()
 
     async def prepare(self, key: str, parent: str) -> list[RootMount]:
         """See the interface."""
@@ -47,10 +52,15 @@ class ContainerdSnapshots:
                 answer = await self._stub.Prepare(request, timeout=TIMEOUT_S)
         except AlreadyExists:  # an answer was lost, and the call made again
             return await self.mounts(key)
-        return from_mounts(answer.mounts)
+        while len(self._fresh) >= _FRESH_MAX:
+            self._fresh.popitem(last=False)
+        made = self._fresh[key] = from_mounts(answer.mounts)
+        return made
 
     async def mounts(self, key: str) -> list[RootMount]:
         """See the interface."""
+        if (made := self._fresh.pop(key, None)) is not None:
+            return made
         request = pb.MountsRequest(snapshotter=self._snapshotter, key=key)
         with self._connection.calls():
             answer = await self._stub.Mounts(request, timeout=TIMEOUT_S)
@@ -58,6 +68,7 @@ class ContainerdSnapshots:
 
     async def remove(self, key: str) -> None:
         """See the interface."""
+        self._fresh.pop(key, None)
         request = pb.RemoveSnapshotRequest(snapshotter=self._snapshotter, key=key)
         try:
             with self._connection.calls():
