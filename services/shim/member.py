@@ -85,6 +85,7 @@ class Member:
             metrics=metrics,
             epoch=self.home.epoch,
             epoch_seen=self._keep_epoch,
+            crowd=config.socket.parent,
         )
 
     async def read_legacy(self) -> dict[str, Any]:

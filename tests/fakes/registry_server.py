@@ -96,9 +96,12 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer):
         self.server = TtrpcServer(Handlers(methods).answer)
         await self.server.start(listener)
         new.rename(self._path)
+        new.touch()  # containerd's main socket comes last, and is what a shim watches for
+        new.rename(self.socket)
 
     async def stop(self):
         self._path.unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
         await self.server.stop(0)
 
     @property

@@ -43,6 +43,11 @@ class Appearance:
     ) -> None:
         self.close()
 
+    @property
+    def watching(self) -> bool:
+        """Whether there is a watch."""
+        return self._fd >= 0
+
     def open(self) -> None:
         """Watch from now on. Idempotent."""
         if self._fd >= 0:
@@ -63,14 +68,20 @@ class Appearance:
             self._fd = -1
             self._watches.clear()
 
-    async def wait(self, limit_s: float) -> None:
-        """Wait until something may have appeared since the last time, at most ``limit_s``."""
+    async def wait(self, limit_s: float) -> bool:
+        """Wait until something may have appeared since the last time, at most ``limit_s``.
+
+        Returns:
+            False if time is up.
+        """
         try:
             async with asyncio.timeout(limit_s):
                 await self._seen.wait()
         except TimeoutError:
             pass
+        seen = self._seen.is_set()
         self._seen.clear()
+        return seen
 
     def _changed(self) -> None:
         for event in linux.inotify_read(self._fd):

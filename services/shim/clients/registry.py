@@ -4,13 +4,17 @@ The stream is opened as soon as the shim serves, and again whenever it breaks: b
 socket beside containerd's, or by gRPC on the socket itself where containerd is of an older version,
 which has no register there. A watch on the sockets' directory wakes a waiting shim the moment that
 one appears there, a growing pause does where a watch cannot (an address in use by a process that is
-going away). There is a watch only while there is no registration: most shims never need one.
+going away). Where many shims run each waits for a turn, at random, when it has lost its
+registration and when a socket appears: all together would keep the processors from containerd's
+first answers. There is a watch only while there is no registration: most shims never need one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -38,8 +42,21 @@ PROTOCOL = 1
 _METHOD = "theseus.shim.v1.Registry/Register"
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_LAST_S = 1.0
+_ATTEMPTS = 5
+"""Quick ones, once a socket has appeared."""
 _WELCOME_LIMIT_S = 10.0
 _CONNECT_LIMIT_S = 1.0
+_TURN_S = 0.001
+"""About the processor time that a registration takes on both sides, shared by two processors."""
+_TURNS_LAST_S = 2.0
+
+
+class _Found(Enum):
+    """What an attempt to register met with."""
+
+    NOBODY = "nobody listens"
+    REFUSAL = "somebody listens, who did not say Welcome"
+    WELCOME = "a registration, which has ended"
 
 
 class _Refused(Exception):
@@ -56,6 +73,7 @@ class RegistryClient:
         metrics: counts registrations.
         epoch: highest epoch seen by an earlier process of this shim.
         epoch_seen: called when a higher one was seen, to keep it.
+        crowd: directory with a socket of each shim: they do not come back in the same moment.
     """
 
     def __init__(
@@ -67,8 +85,10 @@ class RegistryClient:
         metrics: ShimMetrics,
         epoch: int,
         epoch_seen: Callable[[int], None],
+        crowd: Path | None = None,
     ) -> None:
         self.epoch = epoch
+        self._crowd = crowd
         self.registered = False
         self._address = address
         self._peer = Peer(address.with_name(f"{address.name}.ttrpc"))
@@ -80,36 +100,51 @@ class RegistryClient:
 
     async def run(self) -> None:
         """Stay registered until cancelled."""
-        backoff_s = _BACKOFF_FIRST_S
+        pause_s, attempts = _BACKOFF_FIRST_S, 1
         try:
             while True:
-                welcomed = await self._register()
-                backoff_s = _BACKOFF_FIRST_S if welcomed else backoff_s
-                # What appeared before there was a watch is found after the first, short pause.
+                found = await self._register()
+                if found is _Found.WELCOME:
+                    pause_s, attempts = _BACKOFF_FIRST_S, 1
+                    await asyncio.sleep(self._turn_s())  # others have just lost theirs, too
                 self._appearance.open()
-                await self._appearance.wait(backoff_s)
-                backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
+                limit_s = pause_s
+                if found is _Found.NOBODY and not attempts and self._appearance.watching:
+                    limit_s = _BACKOFF_LAST_S
+                else:  # it may have come before there was a watch, or does not listen yet
+                    pause_s, attempts = min(pause_s * 2, _BACKOFF_LAST_S), max(attempts - 1, 0)
+                if await self._appearance.wait(limit_s):
+                    pause_s, attempts = _BACKOFF_FIRST_S, _ATTEMPTS
+                    await asyncio.sleep(self._turn_s())
         finally:
             self._appearance.close()
 
-    async def _register(self) -> bool:
-        """One registration, to its end; returns whether it was ever welcomed."""
+    def _turn_s(self) -> float:
+        """How long to wait for a turn: at random, and the longer the more shims there are."""
+        try:
+            number = sum(1 for _ in self._crowd.iterdir()) if self._crowd is not None else 0
+        except OSError:
+            number = 0
+        return random.uniform(0, min(number * _TURN_S, _TURNS_LAST_S))
+
+    async def _register(self) -> _Found:
+        """One registration, to its end."""
         try:
             stream = await self._peer.stream(_METHOD)
             return await self._go_through(stream)
         except (Unavailable, Unimplemented):  # nobody listens there, or has a register
             return await self._register_with_older()
 
-    async def _register_with_older(self) -> bool:
+    async def _register_with_older(self) -> _Found:
         if not await self._is_there():
-            return False
+            return _Found.NOBODY
         channel = connect(self._address)
         try:
             method: Any = channel.stream_stream(f"/{_METHOD}")  # no serializers: bytes both ways
             return await self._go_through(GrpcStream(method()))
         except Unimplemented:
             log.warning("containerd has no register of shims", address=str(self._address))
-            return False
+            return _Found.REFUSAL
         finally:
             await channel.close()
 
@@ -124,7 +159,7 @@ class RegistryClient:
                 return False
         return True
 
-    async def _go_through(self, stream: MessageStream) -> bool:
+    async def _go_through(self, stream: MessageStream) -> _Found:
         """A registration on a stream that has just begun."""
         welcomed = False
         try:
@@ -141,7 +176,7 @@ class RegistryClient:
         finally:
             self.registered = False
             stream.close()
-        return welcomed
+        return _Found.WELCOME if welcomed else _Found.REFUSAL
 
     async def _welcome(self, stream: MessageStream) -> registry_pb2.Welcome:
         try:

@@ -5,11 +5,14 @@ import asyncio
 import pytest
 
 from protos.containerd.events import task_pb2
+from protos.theseus.shim.v1 import registry_pb2
 from services.shim import events
 from services.shim.clients.appearance import Appearance
 from services.shim.clients.events import pack
+from services.shim.clients.registry import RegistryClient
 from services.shim.events import Event
 from services.shim.metrics import ShimMetrics
+from services.shim.spool import Spool
 
 
 def test_exit_becomes_upstreams_message_without_what_it_has_no_field_for():
@@ -112,6 +115,37 @@ async def test_directory_that_vanishes_and_comes_back_is_watched_again(tmp_path)
         await appears(appearance)
         (directory / "sock").touch()
         await appears(appearance)
+
+
+async def test_waiting_says_whether_something_appeared(tmp_path):
+    appearance = Appearance(tmp_path / "sock")
+    assert not appearance.watching
+    with appearance:
+        assert appearance.watching
+        assert not await appearance.wait(0.01)
+        (tmp_path / "sock").touch()
+        assert await appearance.wait(10)
+        assert not await appearance.wait(0.01)
+
+
+def test_shims_come_back_in_turns_the_longer_the_more_there_are(tmp_path):
+    crowd = tmp_path / "s"
+    client = RegistryClient(
+        tmp_path / "containerd.sock",
+        hello=registry_pb2.Hello,
+        spool=Spool(tmp_path / "spool"),
+        metrics=ShimMetrics(),
+        epoch=0,
+        epoch_seen=lambda _: None,
+        crowd=crowd,
+    )
+    assert client._turn_s() == 0  # it is not there: nobody else is either
+    crowd.mkdir()
+    for number in range(200):
+        (crowd / str(number)).touch()
+    turns = [client._turn_s() for _ in range(1000)]
+    assert 0 <= min(turns) < 0.02
+    assert 0.18 < max(turns) <= 0.2
 
 
 def test_metrics_page_has_the_shims_figures():
