@@ -185,6 +185,7 @@ class Methods(grpc.GenericRpcHandler):
         self._metrics = metrics
         self._bind = bind
         self._handlers: dict[str, Any] = {}
+        self._uncalled: dict[str, Service] = {}
         self._late: dict[str, LateServices] = {}
         self._surrounded: dict[str, Any] = {}
 
@@ -211,11 +212,18 @@ class Methods(grpc.GenericRpcHandler):
         """The handler of a method, given its full name; None if there is none."""
         found = self._surrounded.get(name)
         if found is None:
+            service = name.split("/", 2)[1]
+            if (uncalled := self._uncalled.pop(service, None)) is not None:
+                uncalled.add(uncalled.servicer, self)
             if (handler := self._handlers.get(name)) is not None:
                 found = self._surrounded[name] = self._surround(name, handler)
-            elif (late := self._late.get(name.split("/")[1])) is not None and not late.made:
+            elif (late := self._late.get(service)) is not None and not late.made:
                 found = late.handler(name, self)
         return found
+
+    def add_when_called(self, service: Service) -> None:
+        """Add a service with the first call to it: most of a shim's never see one."""
+        self._uncalled[service.descriptor.full_name] = service
 
     def add_late(self, services: LateServices) -> None:
         """Have calls of services that are not there yet wait for them."""

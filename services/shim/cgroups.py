@@ -104,14 +104,18 @@ def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cg
     Raises:
         OSError: there is no such process.
     """
-    theirs = _parse((proc / str(pid) / "cgroup").read_text())
-    ours = _parse((proc / "self" / "cgroup").read_text())
-    controllers = {
-        name: root / name.removeprefix("name=") / path.lstrip("/")
+    theirs = _parse(Path(f"{proc}/{pid}/cgroup").read_text())
+    ours = _parse(Path(f"{proc}/self/cgroup").read_text())
+    places = {
+        name: f"{root}/{name.removeprefix('name=')}/{path.lstrip('/')}"
         for name, path in theirs.items()
         if name
     }
-    controllers = {name: path for name, path in controllers.items() if path.is_dir()}
+    controllers = {
+        name: Path(path)
+        for name, path in places.items()
+        if os.path.isdir(path)  # noqa: PTH112 - of a dozen
+    }
     # The hierarchy that processes are looked for in decides whether the cgroup is its own.
     deciding = next((name for name in _PID_CONTROLLERS if name in controllers), "")
     own = _is_own(deciding, theirs, ours)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.shim.bundle import read_file, replace_file
 from services.shim.events import Event
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class Spool:
         *,
         keep: bool = False,
     ) -> None:
-        self._directory = directory
+        self._prefix = f"{directory}/"
         self._keep = keep
         self._write_failed = write_failed
         directory.mkdir(mode=0o711, exist_ok=True)
@@ -123,7 +126,8 @@ class Spool:
             self._acked = done
             self._memory.pop(done, None)
         for name in [kept for kept in self._files if kept <= self._acked and kept < self.last_seq]:
-            (self._directory / str(name)).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._prefix}{name}")  # noqa: PTH108
             self._files.discard(name)
         self._changed.set()
 
@@ -150,12 +154,11 @@ class Spool:
     def _load(self, seq: int) -> SpooledEvent:
         if seq in self._memory:
             return self._memory[seq]
-        return _spooled(json.loads((self._directory / str(seq)).read_bytes()))
+        return _spooled(json.loads(read_file(f"{self._prefix}{seq}")))
 
     def _write(self, spooled: SpooledEvent) -> None:
-        temporary = self._directory / f"{spooled.seq}.tmp"
-        temporary.write_bytes(json.dumps(_document(spooled)).encode())
-        temporary.rename(self._directory / str(spooled.seq))
+        path = f"{self._prefix}{spooled.seq}"
+        replace_file(path, f"{path}.tmp", json.dumps(_document(spooled)))
         self._files.add(spooled.seq)
 
 

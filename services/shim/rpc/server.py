@@ -55,7 +55,7 @@ class ShimServer:
         self._inode = 0
         methods = Methods(metrics)
         for service in services:
-            service.add(service.servicer, methods)
+            methods.add_when_called(service)
         self._grpc = GrpcOnDemand(
             path.parent, services=services, metrics=metrics, interceptors=interceptors
         )
