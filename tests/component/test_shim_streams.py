@@ -59,10 +59,12 @@ async def test_who_waits_for_an_exec_that_never_runs_is_told(maker, fake, end):
     shim = await shell(maker, fake, "exec sleep 1000")
     request = shim.exec_request("e", ["/no/such"], stdout="theseus-stream:")
     await shim.call("Exec", request)
+    await shim.info()  # gRPC stands: on its connection the attach comes before what follows it
     attaching = asyncio.create_task(shim.output(exec_id="e"))
     async with asyncio.timeout(10):
         while 'grpc_method="Attach"' not in await shim.metrics():
             pass
+    await shim.info()  # its first message has been read by now
     if end == "deleted":
         await shim.delete("e")
     else:
