@@ -23,10 +23,10 @@ from services.common.errors import (
     TheseusError,
     Unavailable,
 )
-from services.common.message_stream import GrpcStream, TtrpcStream
+from services.common.peer_streams import GrpcStream, TtrpcStream
 from services.common.request import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import error_of, translated
-from services.common.ttrpc.client import CallFailed, TtrpcClient
+from services.common.ttrpc.client import CallFailed, Reconnecting, TtrpcClient
 from services.common.ttrpc.frames import MessageTooLarge
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class Peer:
     def __init__(self, socket: Path | str, *, namespace: str = "") -> None:
         self._path = str(socket).removeprefix("unix://")
         self._namespace = namespace
-        self._client: TtrpcClient | None = None
-        self._connecting = asyncio.Lock()
+        self._connection = Reconnecting(self._path, tells=True)
         self._older: grpc.aio.Channel | None = None
         self._speaks_grpc = False
         self._closed = False
@@ -111,8 +110,7 @@ class Peer:
     async def close(self) -> None:
         """Let go; unary calls under way fail with Unavailable. Idempotent."""
         self._closed = True
-        if self._client is not None:
-            self._client.close()
+        self._connection.close()
         if self._older is not None:
             await self._older.close()
 
@@ -126,7 +124,7 @@ class Peer:
         service, _, name = method.partition("/")
         client = None
         try:
-            client = await self._connected()
+            client = await self._connection.client()
             return await client.call(service, name, request, timeout_s=timeout_s, metadata=metadata)
         except CallFailed as error:
             raise error_of(error.status) from None
@@ -161,14 +159,6 @@ class Peer:
                 # The call's end came first; our caller has to see the other.
                 raise asyncio.CancelledError from None
             raise
-
-    async def _connected(self) -> TtrpcClient:
-        if self._client is not None and not self._client.broken:
-            return self._client
-        async with self._connecting:
-            if self._client is None or self._client.broken:
-                self._client = await TtrpcClient.connect(self._path, tells=True)
-            return self._client
 
     def _channel(self) -> grpc.aio.Channel:
         if self._older is None:

@@ -12,13 +12,10 @@ would have do it for every call.
 from __future__ import annotations
 
 import asyncio
-import grp
-import os
 import re
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import cache
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -30,6 +27,7 @@ from services.common import errors, tracing
 from services.common.client import MESSAGE_LIMIT_BYTES, NAMESPACE_KEY
 from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import to_status
+from services.common.sockets import Place, check_socket_path, let_group_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-SOCKET_GROUP = "theseus"
-UNIX_PATH_MAX_BYTES = 107
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _NAMESPACE_MAX_LENGTH = 76
 _GO_NAMES = {
@@ -120,15 +116,14 @@ class RpcServer:
     ) -> None:
         self._interceptors = interceptors
         self._tier = tier
-        self._socket = socket
+        self._place = Place(socket)
         self._services = services
         self._late = late
         self._methods = Methods(metrics, bind)
         self._reflection = reflection
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
-        self._inode = 0
-        check_socket_path(socket.with_name(f"{socket.name}.new"))
+        check_socket_path(self._place.new)
 
     async def start(self) -> None:
         """Bind and serve; every service reports SERVING."""
@@ -153,22 +148,17 @@ class RpcServer:
             return
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-        # A successor may have put its own socket in this place.
-        if self._socket.exists() and self._socket.stat().st_ino == self._inode:
-            self._socket.unlink()
+        self._place.leave()
 
     async def _bind(self, server: grpc.aio.Server) -> None:
-        new = self._socket.with_name(f"{self._socket.name}.new")
+        new = self._place.new
         new.unlink(missing_ok=True)
         if server.add_insecure_port(f"unix:{new}") == 0:
             raise errors.FailedPrecondition(f"cannot bind the socket {new}: see the log above")
         await server.start()
         new.chmod(0o660)
-        group = socket_group()
-        if group is not None:
-            os.chown(new, -1, group)
-        self._inode = new.stat().st_ino
-        new.rename(self._socket)
+        let_group_in(new)
+        self._place.take()
 
 
 class Methods(grpc.GenericRpcHandler):
@@ -289,30 +279,6 @@ class _LateReflection:
             self._servicer = ReflectionServicer([*self._names, reflection.SERVICE_NAME])
         async for response in self._servicer.ServerReflectionInfo(requests, context):
             yield response
-
-
-@cache
-def socket_group() -> int | None:
-    """Id of the group that may connect; None where it does not exist. Asked once: it is slow."""
-    try:
-        return grp.getgrnam(SOCKET_GROUP).gr_gid
-    except KeyError:
-        log.debug("socket group does not exist", group=SOCKET_GROUP)
-        return None
-
-
-def check_socket_path(path: Path) -> None:
-    """Refuse a path that does not fit a Unix socket's address (unix(7)).
-
-    Raises:
-        InvalidArgument: it is longer than 107 bytes.
-    """
-    length = len(os.fsencode(path))
-    if length > UNIX_PATH_MAX_BYTES:
-        raise errors.InvalidArgument(
-            f"socket path {path} has {length} bytes, a Unix socket's may have at most "
-            f"{UNIX_PATH_MAX_BYTES}: choose a shorter state directory"
-        )
 
 
 def metadata_value(context: grpc.aio.ServicerContext[Any, Any], key: str) -> str:

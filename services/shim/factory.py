@@ -39,7 +39,7 @@ import structlog
 from services.common import VERSION, linux, tracing
 from services.common import log as logs
 from services.common.errors import TheseusError
-from services.common.server import socket_group
+from services.common.sockets import Place, socket_group
 from services.shim import packing, shim_cgroup
 from services.shim.app import Shim
 from services.shim.config import ShimConfig, waiting_name
@@ -69,9 +69,8 @@ class Factory:
     """Forks a shim for each request on ``path``."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._place = Place(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._inode = 0
         self._home = shim_cgroup.Home()
         # Made once, for the children to share as long as they do not count anything.
         self._metrics = ShimMetrics()
@@ -88,28 +87,21 @@ class Factory:
             log.debug("cgroups cannot be entered", cgroups=self._home.skipped)
         try:
             self._listen()
-            log.info("factory serves", socket=str(self._path), version=VERSION)
+            log.info("factory serves", socket=str(self._place.path), version=VERSION)
             packing.pack()
             self._serve()
         finally:
-            self._unlink()
+            self._place.leave()
             self._home.leave()
 
     def _listen(self) -> None:
-        new = self._path.with_name(f"{self._path.name}.new")
+        new = self._place.new
         new.unlink(missing_ok=True)
         self._listener.bind(str(new))
         new.chmod(0o600)
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
-        self._inode = new.stat().st_ino
-        new.rename(self._path)
-
-    def _unlink(self) -> None:
-        # A new containerd's factory may have put its own socket in this place.
-        with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_ino == self._inode:
-                self._path.unlink()
+        self._place.take()
 
     def _serve(self) -> None:
         stdin, listener = sys.stdin.fileno(), self._listener.fileno()

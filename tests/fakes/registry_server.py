@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from protos.containerd.events import task_pb2
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc
 from services.common.metrics import ServerMetrics
 from services.common.server import Methods
+from services.common.sockets import listen
 from services.common.ttrpc.server import TtrpcServer
 from services.common.ttrpc_handlers import Handlers
 
@@ -87,14 +87,9 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer):
             return
         methods = Methods(ServerMetrics(CollectorRegistry()))
         registry_pb2_grpc.add_RegistryServicer_to_server(self, methods)
-        listener = socket.socket(socket.AF_UNIX)
         new = self._path.with_name("ttrpc.new")
-        new.unlink(missing_ok=True)
-        listener.bind(str(new))
-        listener.listen()
-        listener.setblocking(False)
         self.server = TtrpcServer(Handlers(methods).answer)
-        await self.server.start(listener)
+        await self.server.start(listen(new, mode=0o600, backlog=128))
         new.rename(self._path)
         new.touch()  # containerd's main socket comes last, and is what a shim watches for
         new.rename(self.socket)

@@ -224,6 +224,39 @@ class TtrpcClient:
             inbox.end()
 
 
+class Reconnecting:
+    """A connection that is made when it is first used, and anew when it broke.
+
+    Args:
+        path: of the socket.
+        tells: as a client's.
+    """
+
+    def __init__(self, path: Path | str, *, tells: bool = False) -> None:
+        self._path = path
+        self._tells = tells
+        self._client: TtrpcClient | None = None
+        self._connecting = asyncio.Lock()
+
+    async def client(self) -> TtrpcClient:
+        """The connection.
+
+        Raises:
+            OSError: nobody listens there.
+        """
+        if self._client is not None and not self._client.broken:
+            return self._client
+        async with self._connecting:
+            if self._client is None or self._client.broken:
+                self._client = await TtrpcClient.connect(self._path, tells=self._tells)
+            return self._client
+
+    def close(self) -> None:
+        """Close the connection, if there is one. Idempotent."""
+        if self._client is not None:
+            self._client.close()
+
+
 class ClientStream:
     """A call under way whose messages stream both ways."""
 

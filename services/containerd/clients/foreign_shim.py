@@ -7,7 +7,6 @@ of its own, and it is not re-executed. Its address says how it is reached:
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +16,7 @@ from google.protobuf.message import DecodeError
 from services.common.client import connect
 from services.common.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
 from services.common.rpc_errors import error_of, translated
-from services.common.ttrpc.client import CallFailed, TtrpcClient
+from services.common.ttrpc.client import CallFailed, Reconnecting
 from services.common.ttrpc.frames import MessageTooLarge
 from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.clients.shim import ShimClient
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from services.common.message_stream import MessageStream
     from services.containerd.clients.task_api import Answer
     from services.containerd.tasks.sandbox import SandboxShim
     from services.containerd.tasks.shim import (
-        Attachment,
         ProgramInfo,
         Reexecuted,
         Shim,
@@ -63,8 +62,7 @@ class ForeignShim(SandboxApiClient):
         self._namespace = namespace
         self._path = Path(path)
         self._channel = connect(self._path, namespace=namespace) if protocol == "grpc" else None
-        self._connection: TtrpcClient | None = None
-        self._connecting = asyncio.Lock()
+        self._connection = Reconnecting(self._path)
         self._closed = False
 
     async def host(self, request: ShimRequest) -> ShimAddress:
@@ -87,7 +85,7 @@ class ForeignShim(SandboxApiClient):
         """As ``Shim.metrics``: it has none."""
         return b""
 
-    async def attach(self) -> Attachment:
+    async def attach(self) -> MessageStream:
         """As ``Shim.attach``; refused."""
         self._refuse("keeps output to be attached to")
 
@@ -96,8 +94,7 @@ class ForeignShim(SandboxApiClient):
         self._closed = True
         if self._channel is not None:
             await self._channel.close()
-        if self._connection is not None:
-            self._connection.close()
+        self._connection.close()
 
     async def _invoke(
         self, method: str, request: Message, answer: type[Answer], timeout_s: float
@@ -115,7 +112,7 @@ class ForeignShim(SandboxApiClient):
                 return found
         service, _, name = method.partition("/")
         try:
-            client = await self._connected()
+            client = await self._connection.client()
             data = await client.call(
                 service,
                 name,
@@ -136,15 +133,6 @@ class ForeignShim(SandboxApiClient):
             raise InvalidArgument(str(error)) from error
         except DecodeError as error:
             raise self._unavailable("its answer cannot be decoded") from error
-
-    async def _connected(self) -> TtrpcClient:
-        async with self._connecting:
-            if self._connection is not None and self._connection.broken:
-                self._connection.close()
-                self._connection = None
-            if self._connection is None:
-                self._connection = await TtrpcClient.connect(self._path)
-            return self._connection
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"the shim of task '{self._id}' cannot be reached: {reason}")

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from services.common.message_stream import MessageStream
     from services.containerd.clients.task_api import Answer
-    from services.containerd.tasks.shim import Attachment, ShimRequest
+    from services.containerd.tasks.shim import ShimRequest
 
 ATTACH_METHOD = "theseus.shim.v1.Streams/Attach"
 
@@ -70,7 +71,7 @@ class ShimClient(SandboxApiClient):
         """As ``Shim.metrics``."""
         return (await self._control("Metrics", pb.MetricsRequest(), pb.MetricsResponse)).text
 
-    async def attach(self) -> Attachment:
+    async def attach(self) -> MessageStream:
         """As ``Shim.attach``."""
         return await self._peer.stream(ATTACH_METHOD)
 

@@ -6,17 +6,18 @@ That is where upstream has it. Our shims register there, those that others wrote
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import TYPE_CHECKING, Any, Self
 
 from protos.theseus.shim.v1 import registry_pb2_grpc
-from services.common.server import Methods, check_socket_path
+from services.common.server import Methods
+from services.common.sockets import Place, check_socket_path, listen
 from services.common.ttrpc.server import TtrpcServer
 from services.common.ttrpc_handlers import Handlers
 from services.containerd.rpc.registry import RegistryService
 from services.containerd.rpc.shim_events import ShimEventsService, add_shim_events_to_server
 
 if TYPE_CHECKING:
+    import socket
     from pathlib import Path
     from types import TracebackType
 
@@ -40,10 +41,8 @@ class ShimSocket:
     def __init__(
         self, address: Path, *, shims: ShimManager, events: ShimEvents, metrics: CallMetrics
     ) -> None:
-        self._path = address.with_name(f"{address.name}.ttrpc")
-        self._new = address.with_name(f"{address.name}.ttrpc.new")
-        check_socket_path(self._new)
-        self._inode = 0
+        self._place = Place(address.with_name(f"{address.name}.ttrpc"))
+        check_socket_path(self._place.new)
         methods: Any = Methods(metrics)
         registry_pb2_grpc.add_RegistryServicer_to_server(RegistryService(shims), methods)
         add_shim_events_to_server(ShimEventsService(events), methods)
@@ -60,25 +59,13 @@ class ShimSocket:
         traceback: TracebackType | None,
     ) -> None:
         await self._server.stop()
-        await asyncio.to_thread(self._unbind)
+        await asyncio.to_thread(self._place.leave)
 
     def _bind(self) -> socket.socket:
-        """A listening socket in its place, by a rename: there always is one to connect to."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = listen(self._place.new, mode=0o600, backlog=_BACKLOG)
         try:
-            self._new.unlink(missing_ok=True)
-            listener.bind(str(self._new))
-            self._new.chmod(0o600)
-            listener.listen(_BACKLOG)
-            self._inode = self._new.stat().st_ino
-            self._new.rename(self._path)
+            self._place.take()
         except BaseException:
             listener.close()
             raise
-        listener.setblocking(False)
         return listener
-
-    def _unbind(self) -> None:
-        # A successor may have put its own socket in this place.
-        if self._path.exists() and self._path.stat().st_ino == self._inode:
-            self._path.unlink()

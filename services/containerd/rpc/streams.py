@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from services.common.draining import Draining
+    from services.common.message_stream import MessageStream
     from services.containerd.rpc.context import Context
     from services.containerd.tasks.manager import TaskManager
-    from services.containerd.tasks.shim import Attachment
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Streams"].full_name
 
@@ -71,7 +71,7 @@ def _container(first: bytes | None) -> str:
     return request.start.container_id
 
 
-async def _pass_on(requests: AsyncIterator[bytes], attachment: Attachment) -> None:
+async def _pass_on(requests: AsyncIterator[bytes], attachment: MessageStream) -> None:
     with suppress(Unavailable):  # whoever reads the responses sees it too
         async for message in requests:
             await attachment.send(message)

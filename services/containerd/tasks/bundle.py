@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.common import linux
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from services.common.sockets import check_socket_path
 from services.containerd.identifiers import checked_identifier
 from services.containerd.tasks.groups import group_of
 from services.containerd.tasks.processes import ProcessId
@@ -42,7 +43,6 @@ from services.containerd.tasks.processes import ProcessId
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with its NUL
 
 SHIM_FILE = "shim.json"
 CONFIG_FILE = "config.json"
@@ -212,11 +212,7 @@ class Bundles:
         """
         digest = hashlib.sha256(f"{namespace}/{id}/{instance_id}".encode()).hexdigest()[:16]
         path = self._sockets / digest
-        if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-            raise InvalidArgument(
-                f"socket path {path} is longer than {_SOCKET_PATH_MAX} bytes: "
-                "start containerd with a shorter state directory"
-            )
+        check_socket_path(path)
         return path
 
     def create(

@@ -22,8 +22,8 @@ from services.containerd.tasks.shim import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from services.common.message_stream import MessageStream
     from services.containerd.tasks.shim import (
-        Attachment,
         CreateTask,
         ProgramInfo,
         Reexecuted,
@@ -192,7 +192,7 @@ class GoneShim:
         """As ``Shim.metrics``: nothing is measured."""
         return b""
 
-    async def attach(self) -> Attachment:
+    async def attach(self) -> MessageStream:
         """As ``Shim.attach``; refused: what was not logged went with the shim."""
         self._refuse()
 

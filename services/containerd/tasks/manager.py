@@ -45,6 +45,7 @@ from services.containerd.uninterrupted import uninterrupted
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from services.common.message_stream import MessageStream
     from services.common.mounts import Mount
     from services.containerd.containers.store import Container, ContainerStore
     from services.containerd.tasks.factory import ShimLauncher
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
     from services.containerd.tasks.metrics import TaskMetrics
-    from services.containerd.tasks.shim import Attachment, ProcessInfo, Shim
+    from services.containerd.tasks.shim import ProcessInfo, Shim
     from services.containerd.tasks.shims import ShimManager
     from services.containerd.typed import TypedValue
 
@@ -303,7 +304,7 @@ class TaskManager:
             await known.change(timeout_s=pause_s)
             pause_s = min(pause_s * 2, _WAIT_AGAIN_MAX_S)
 
-    async def attach(self, namespace: str, container_id: str) -> Attachment:
+    async def attach(self, namespace: str, container_id: str) -> MessageStream:
         """Begin a ``Streams.Attach`` of a task's shim, its messages unparsed."""
         shim = await self._shims.get(namespace, container_id).ready()
         return await shim.attach()

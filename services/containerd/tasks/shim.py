@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from services.common.message_stream import MessageStream
     from services.common.mounts import Mount
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.typed import TypedValue
@@ -101,25 +102,6 @@ class ShimInfo:
     shim_pid: int
     task_pid: int
     version: str
-
-
-class Attachment(Protocol):
-    """One call of ``theseus.shim.v1.Streams.Attach``, its messages unparsed.
-
-    Its methods raise what the shim failed with, and ``Unavailable`` once it is gone.
-    """
-
-    async def send(self, message: bytes) -> None:
-        """Send a request; once the call has ended nothing happens."""
-
-    async def end(self) -> None:
-        """Send no more."""
-
-    async def receive(self) -> bytes | None:
-        """The next response; None at the call's end."""
-
-    def close(self) -> None:
-        """End the call, wherever it is. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +275,7 @@ class Shim(Protocol):
     async def metrics(self) -> bytes:
         """The shim's page of metrics, in Prometheus' text format."""
 
-    async def attach(self) -> Attachment:
+    async def attach(self) -> MessageStream:
         """Begin a call of ``theseus.shim.v1.Streams.Attach``; the caller closes it."""
 
     async def close(self) -> None:

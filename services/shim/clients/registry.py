@@ -23,8 +23,8 @@ from google.protobuf.message import DecodeError
 from protos.theseus.shim.v1 import registry_pb2
 from services.common.client import connect
 from services.common.errors import TheseusError, Unavailable, Unimplemented
-from services.common.message_stream import GrpcStream
 from services.common.peer import Peer
+from services.common.peer_streams import GrpcStream
 from services.shim.clients.appearance import Appearance
 from services.shim.clients.events import pack, timestamp
 

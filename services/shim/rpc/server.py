@@ -7,18 +7,19 @@ and some milliseconds, and is needed by people and their tools alone: see ``on_d
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common import sockets
 from services.common.errors import FailedPrecondition
-from services.common.server import Methods, check_socket_path, socket_group
+from services.common.server import Methods
+from services.common.sockets import Place, check_socket_path, let_group_in
 from services.common.ttrpc.server import TtrpcServer
 from services.common.ttrpc_handlers import Handlers
 from services.shim.rpc.on_demand import GrpcOnDemand
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -50,9 +51,8 @@ class ShimServer:
         metrics: CallMetrics,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
-        self._path = path
+        self._place = Place(path)
         self._listener: socket.socket | None = None
-        self._inode = 0
         methods = Methods(metrics)
         for service in services:
             methods.add_when_called(service)
@@ -72,18 +72,17 @@ class ShimServer:
         Raises:
             FailedPrecondition: there can be no socket in that place.
         """
-        listener = listener or listen(self._path.with_name(f"{self._path.name}.new"))
+        listener = listener or listen(self._place.new)
         self._listener = listener.socket
         try:
-            if listener.at is not None:
-                group = socket_group()
-                if group is not None:
-                    os.chown(listener.at, -1, group)
-                listener.at.rename(self._path)
-            self._inode = self._path.stat().st_ino
+            if listener.at is None:
+                self._place.recognise()
+            else:
+                let_group_in(listener.at)
+                self._place.take(listener.at)
         except OSError as error:
             raise FailedPrecondition(
-                f"the socket cannot be put at {self._path}: {error.strerror}"
+                f"the socket cannot be put at {self._place.path}: {error.strerror}"
             ) from error
         await self._server.start(listener.socket)
 
@@ -91,9 +90,7 @@ class ShimServer:
         """Take no more calls; those under way get ``grace_s`` seconds to finish."""
         await self._server.stop(grace_s)
         await self._grpc.stop(grace_s)
-        # The successor of a shim that was given up may have its own socket in this place.
-        if self._path.exists() and self._path.stat().st_ino == self._inode:
-            self._path.unlink()
+        self._place.leave()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +114,7 @@ def listen(path: Path) -> Listener:
         FailedPrecondition: there can be no socket in that directory.
     """
     check_socket_path(path)
-    listener = socket.socket(socket.AF_UNIX)
     try:
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
-        path.chmod(0o660)
-        listener.listen(_BACKLOG)
+        return Listener(sockets.listen(path, mode=0o660, backlog=_BACKLOG), path)
     except OSError as error:
-        listener.close()
         raise FailedPrecondition(f"cannot bind the socket {path}: {error.strerror}") from error
-    listener.setblocking(False)
-    return Listener(listener, path)

@@ -1,7 +1,6 @@
 """A service that was written for gRPC, served over ttrpc, and called by a peer over either."""
 
 import asyncio
-import socket
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,6 +12,7 @@ from services.common.log import request_id
 from services.common.metrics import ServerMetrics
 from services.common.peer import Peer
 from services.common.server import Methods, RpcServer, Service, request_namespace
+from services.common.sockets import listen
 from services.common.ttrpc.server import TtrpcServer
 from services.common.ttrpc_handlers import Handlers
 
@@ -103,12 +103,8 @@ class Served:
             methods = Methods(self.metrics)
             for add, servicer in self._services():
                 add(servicer, methods)
-            self.path.unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(str(self.path))
-            listener.listen()
             self._server = TtrpcServer(Handlers(methods).answer)
-            await self._server.start(listener)
+            await self._server.start(listen(self.path, mode=0o600, backlog=128))
         else:
             descriptors = (
                 namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
