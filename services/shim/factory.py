@@ -45,6 +45,7 @@ from services.shim.app import Shim
 from services.shim.config import ShimConfig, waiting_name
 from services.shim.metrics import ShimMetrics
 from services.shim.rpc.server import Listener, listen
+from services.shim.runtimes import programs, sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -79,6 +80,7 @@ class Factory:
         """Serve until standard input is closed."""
         packing.share_one_heap()
         warm_up()
+        sealed.keep(programs.installed(sealed.PROGRAMS))
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
         signal.signal(signal.SIGTERM, _exit_quietly)
         signal.signal(signal.SIGINT, _exit_quietly)
@@ -120,6 +122,7 @@ class Factory:
             connection, _ = self._listener.accept()
         except OSError:  # gone again, or out of descriptors: others may still be served
             return
+        sealed.renew()
         try:
             if os.fork() == 0:
                 self._listener.close()

@@ -141,6 +141,7 @@ class Reaper:
         stderr: int,
         environment: Mapping[str, str],
         more: Sequence[tuple[int, int]] = (),
+        executable: str = "",
     ) -> tuple[int, asyncio.Future[Exit]]:
         """Start a program (an absolute path in ``argv[0]``); returns its pid and its future end.
 
@@ -151,6 +152,7 @@ class Reaper:
             stderr: likewise standard error.
             environment: all of its environment.
             more: further (ours, its) descriptors, ours being above all of its.
+            executable: the file to execute, where it is not ``argv[0]``.
 
         Raises:
             OSError: the program cannot be started.
@@ -160,7 +162,7 @@ class Reaper:
             for ours, theirs in [(stdin, 0), (stdout, 1), (stderr, 2), *more]
         ]
         pid = os.posix_spawn(
-            argv[0],
+            executable or argv[0],
             list(argv),
             dict(environment),
             file_actions=actions,

@@ -509,6 +509,16 @@ async def test_overlay_with_more_options_than_a_page(node):
     await shim.delete()
 
 
+async def test_the_runtime_runs_from_sealed_memory(node):
+    """So does a container's init until its start: out of the factory's copy, not one of its own."""
+    shim = await node.shim("sleep", "1000", create={})
+    init = Path(f"/proc/{(await shim.state()).pid}/exe")
+    inherited = {fd.stat().st_ino for fd in Path(f"/proc/{shim.pid}/fd").iterdir()}
+    assert str(init.readlink()) == "/memfd:runc_cloned:/proc/self/exe (deleted)"
+    assert init.stat().st_ino in inherited
+    await shim.delete()
+
+
 async def test_compiled_seccomp_filter_holds_in_the_next_container(node):
     """The first of a profile is compiled; crun's second gets its filter, and another none of it."""
     refuse_mkdir, refuse_chmod = (

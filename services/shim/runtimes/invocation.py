@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.shim.runtimes import sealed
 from services.shim.runtimes.programs import ENVIRONMENT
 from services.shim.runtimes.runtime import RuntimeMissing
 
@@ -132,7 +133,12 @@ def _spawn(
     stdin, stdout, stderr = streams
     try:
         child = reaper.spawn(
-            argv, stdin=stdin, stdout=stdout, stderr=stderr, environment=ENVIRONMENT
+            argv,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            environment=ENVIRONMENT,
+            executable=sealed.executable(argv[0]),
         )
     except OSError as error:
         raise RuntimeMissing(

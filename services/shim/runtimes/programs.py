@@ -15,12 +15,16 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services.common.errors import InvalidArgument
 from services.shim.runtimes.runtime import RuntimeMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -93,6 +97,15 @@ def find(binary: str) -> Program:
 def find_program(binary: str) -> str:
     """Path of a runtime's program; raises as :func:`find`."""
     return find(binary).path
+
+
+def installed(binaries: Iterable[str]) -> list[str]:
+    """Paths of the programs of those runtimes that are there."""
+    paths = []
+    for binary in binaries:
+        with suppress(RuntimeMissing, InvalidArgument):
+            paths.append(find(binary).path)
+    return paths
 
 
 def configured() -> dict[str, Program]:
