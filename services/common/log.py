@@ -44,11 +44,26 @@ def configure(tier: str, level: str = "info") -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_StructlogHandler()], force=True)
 
 
+def describe(level: str, **about: object) -> None:
+    """Say what the process is about from now on, in every line, whatever its context.
+
+    Args:
+        level: one of LEVELS.
+        about: keys of every line, in place of those that an earlier call gave.
+    """
+    Logger.least = _LEVELS[level]
+    Logger.about = about
+
+
 class Logger:
     """What ``structlog.get_logger`` gives once :func:`configure` was called."""
 
     least = 0
     """Lines below this level are dropped; of the process, not of one logger."""
+    errors = 0
+    """How many lines of the process told of an error."""
+    about: Mapping[str, object] = {}
+    """What every line of the process has besides; see :func:`describe`."""
 
     def __init__(self, logger: object, processors: object, context: Mapping[str, Any]) -> None:
         del logger, processors
@@ -86,8 +101,9 @@ class Logger:
             fields["exception"] = _traceback(exc_info)
         if identity := request_id.get():
             fields.setdefault("request_id", identity)
-        line = structlog.contextvars.get_contextvars()
-        line.update(self._context)
+        if level == "error":
+            Logger.errors += 1
+        line = {**Logger.about, **structlog.contextvars.get_contextvars(), **self._context}
         line.update(fields)
         line["event"], line["level"], line["timestamp"] = event, level, _now()
         sys.stderr.write(json.dumps(line, default=repr) + "\n")

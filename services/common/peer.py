@@ -45,12 +45,19 @@ class Peer:
     Args:
         socket: its path, or ``unix://`` and its path.
         namespace: containerd's, which every call carries.
+        connection: one that there is already, which becomes the peer's.
     """
 
-    def __init__(self, socket: Path | str, *, namespace: str = "") -> None:
+    def __init__(
+        self,
+        socket: Path | str,
+        *,
+        namespace: str = "",
+        connection: TtrpcClient | None = None,
+    ) -> None:
         self._path = str(socket).removeprefix("unix://")
         self._namespace = namespace
-        self._connection = Reconnecting(self._path, tells=True)
+        self._connection = Reconnecting(self._path, tells=True, client=connection)
         self._older: grpc.aio.Channel | None = None
         self._speaks_grpc = False
         self._closed = False

@@ -44,16 +44,9 @@ class Handlers:
 
     async def answer(self, call: Call) -> request_pb2.Response:
         """Answer a call."""
-        key = call.service, call.method
-        handler = self._found.get(key)
+        handler = await self.find(call.service, call.method)
         if handler is None:
-            details: Any = _Details(f"/{call.service}/{call.method}")
-            handler = await self._find(0, details)
-            if handler is None:
-                return failure(
-                    status.UNIMPLEMENTED, f"method {call.method} of service {call.service}"
-                )
-            self._found[key] = handler
+            return failure(status.UNIMPLEMENTED, f"method {call.method} of service {call.service}")
         if handler.request_streaming != (call.inbox is not None):
             kind = "a stream of requests" if handler.request_streaming else "one request"
             return failure(status.INVALID_ARGUMENT, f"{call.service}/{call.method} takes {kind}")
@@ -67,6 +60,17 @@ class Handlers:
         finally:
             context.end()
         return context.failure or request_pb2.Response(payload=payload)
+
+    async def find(self, service: str, method: str) -> Any:
+        """The handler of a method, which is kept for its calls; None if there is none."""
+        key = service, method
+        handler = self._found.get(key)
+        if handler is None:
+            details: Any = _Details(f"/{service}/{method}")
+            handler = await self._find(0, details)
+            if handler is not None:
+                self._found[key] = handler
+        return handler
 
     async def _run(self, handler: Any, call: Call, context: _Context) -> bytes:
         if call.inbox is not None:

@@ -29,6 +29,7 @@ from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.check.unclean import run_noted
 from services.containerd.clients.foreign_shim import connect_shim
+from services.containerd.clients.shim import dial_shim
 from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.clients.shim_program import ShimPrograms
 from services.containerd.containers.local import LocalContainerStore
@@ -256,6 +257,7 @@ class App:
                 keeper=keeper.path,
                 places=config.state / "w",
                 waiting=config.waiting_shims,
+                dial=dial_shim,
                 at_once=False,
             )
         )

@@ -82,8 +82,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     packing.leave_out()
     import asyncio
 
+    from services.shim.birth import run_shim
     from services.shim.config import ShimConfig
-    from services.shim.factory import run_shim
     from services.shim.metrics import ShimMetrics
 
     config = ShimConfig.from_request(vars(arguments))
@@ -98,8 +98,8 @@ def _reexec(arguments: argparse.Namespace) -> None:
         return
 
     async def run(successor: reexec.Successor) -> None:
+        from services.shim.birth import run_shim
         from services.shim.config import ShimConfig
-        from services.shim.factory import run_shim
         from services.shim.metrics import ShimMetrics
 
         config = ShimConfig.from_request(successor.document["config"])

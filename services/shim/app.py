@@ -3,6 +3,9 @@
 The only file that knows all classes. A shim ends when Shutdown was asked for, or a while after its
 last container was deleted, and in both cases only once containerd has acknowledged every event. If
 containerd never comes back it stays.
+
+What depends on no container is done before the shim is told which one it is (:meth:`Shim.wait`),
+and what nobody waits for while the runtime makes the container (``_settle_in``).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from protos.theseus.shim.v1 import (
     streams_pb2_grpc,
 )
 from services.common import VERSION, linux
+from services.common import log as logs
 from services.common.background import Background
 from services.common.server import Service
 from services.shim import handover, packing
@@ -44,7 +48,7 @@ from services.shim.rpc.server import Listener, ShimServer
 from services.shim.rpc.streams import StreamsService
 from services.shim.rpc.task import TaskService
 from services.shim.sandboxes import Sandboxes
-from services.shim.tasks import Tasks
+from services.shim.tasks import Defaults, Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,44 +61,34 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 2.0
-_REGISTER_S = 0.1
+_SETTLE_IN_S = 0.1
 _SETTLED_S = 2.0  # most containers that live as long are idle then
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_TASK = shim_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
 class Shim:
     """One shim. Make it inside the event loop, then ``run`` it.
 
     Args:
-        config: what it is told.
         metrics: counts.
-        successor: of an earlier image of this process, which this one is; None: it is new.
-        listener: the socket to serve on, if it listens already.
+        unwanted: called when a signal ends it before it runs.
     """
 
     def __init__(
-        self,
-        config: ShimConfig,
-        metrics: ShimMetrics,
-        successor: Successor | None = None,
-        *,
-        listener: Listener | None = None,
+        self, metrics: ShimMetrics, *, unwanted: Callable[[], object] = lambda: None
     ) -> None:
-        self._successor = successor
-        self._listener = listener
-        self._config = config
+        self._unwanted = unwanted
+        self._has_begun = False
+        self._was_dismissed = False
+        self._errors = logs.Logger.errors
         self._metrics = metrics
         self._reaper = Reaper()
         self._background = Background()
-        self._members = Members(config, self._make_member)
+        self._members = Members(self._make_member)
         self._sandboxes = Sandboxes(self._members)
         self._tasks = Tasks(
-            reaper=self._reaper,
-            namespace=config.namespace,
-            find_home=self._members.home_of,
-            default_runtime=config.default_runtime,
-            runtime_state=config.registry.parent / "runtime",
-            runtime_timeout_s=config.runtime_timeout_s,
+            reaper=self._reaper, find_home=self._members.home_of, defaults=self._defaults
         )
         self._hosting = Hosting(self._members, self._tasks, self._identity)
         self._gate = Gate()
@@ -102,7 +96,7 @@ class Shim:
             gate=self._gate,
             tasks=self._tasks,
             reaper=self._reaper,
-            attempt=successor.attempt if successor is not None else Attempt(),
+            attempt=Attempt(),
             pack=self._pack,
             needs=lambda: handover.format_of(self._members.pack()),
         )
@@ -110,31 +104,79 @@ class Shim:
         self._boot_id = linux.boot_id()
         self._start_time = linux.process_start_time(os.getpid()) or 0
 
-    async def run(self, serving: Callable[[dict[str, object]], None]) -> None:
-        """Serve until the end; ``serving`` gets the answer for whoever started the shim."""
-        loop = asyncio.get_running_loop()
-        for signum in _FINAL_SIGNALS:
-            loop.add_signal_handler(signum, self._signalled, signum)
+    @property
+    def identity(self) -> dict[str, object]:
+        """Which process this is."""
+        return {
+            "pid": os.getpid(),
+            "start_time": self._start_time,
+            "version": VERSION,
+            "boot_id": self._boot_id,
+        }
+
+    @property
+    def without_incident(self) -> bool:
+        """Whether it was one container's shim from that one's creation to its deletion.
+
+        And nothing else, and has ended because it was asked to, and complained of nothing.
+        """
+        return (
+            self._was_dismissed
+            and self._tasks.created == 1
+            and not self._tasks.unfinished
+            and self._members.joined == 1
+            and not self._members.first.config.adopt
+            and not self._sandboxes.has(self._members.first)
+            and not self._server.speaks_grpc
+            and logs.Logger.errors == self._errors
+        )
+
+    async def wait(self, listener: Listener) -> None:
+        """Do all that depends on no container; calls that come wait until the shim runs."""
+        self._begin()
+        self._reaper.start()
+        await self._server.listen(listener)
+        await self._server.prepare(_TASK.full_name, "Create")
+        await asyncio.to_thread(_nothing)  # it brings the thread that mounts
+
+    async def run(
+        self,
+        config: ShimConfig,
+        serving: Callable[[dict[str, object]], None],
+        successor: Successor | None = None,
+    ) -> None:
+        """Serve until the end.
+
+        Args:
+            config: what it is told.
+            serving: gets the answer for whoever started the shim.
+            successor: of an earlier image of this process, which this one is; None: it is new.
+
+        Raises:
+            TheseusError, OSError: it cannot be that shim.
+        """
+        if not self._has_begun:
+            self._begin()
         async with self._background:
-            if self._successor is not None:
-                await self._take_over(self._successor)
-            elif self._config.adopt:
-                await self._adopt()
-            else:
-                self._reaper.start()
-                self._members.first.keeping.open()
-                await self._server.start(self._listener)
-            for member in self._members:
-                member.write_identity(self._identity())
-            serving(self._identity())
-            log.info("shim serves", socket=str(self._config.socket), version=VERSION)
-            if self._successor is not None or self._config.adopt:
+            first = self._members.add(config)
+            if successor is not None or config.adopt:
+                if successor is not None:
+                    await self._take_over(successor)
+                else:
+                    await self._adopt()
                 for member in self._members:
+                    member.write_identity(self._identity())
                     member.register()
             else:
-                self._background.start(self._register(self._members.first), name="register")
-            loop.call_later(_SETTLED_S, packing.offer_to_merge)
-            await self._end()
+                self._reaper.start()
+                await self._serve()
+                self._background.start(self._settle_in(first), name="settle in")
+            serving(self._identity())
+            await asyncio.sleep(0)  # a call that has waited goes first
+            log.info("shim serves", request_id=config.request_id, version=VERSION)
+            merging = asyncio.get_running_loop().call_later(_SETTLED_S, packing.offer_to_merge)
+            await self._end(config.linger_s)
+            merging.cancel()
             await self._tasks.finish()
             await self._server.stop(_STOP_GRACE_S)
         self._reaper.stop()
@@ -142,20 +184,42 @@ class Shim:
             await member.leave()
         log.info("shim ends")
 
-    async def _register(self, first: Member) -> None:
-        """Register while the runtime makes the container, or soon, if nothing is asked.
+    def _begin(self) -> None:
+        self._has_begun = True
+        loop = asyncio.get_running_loop()
+        for signum in _FINAL_SIGNALS:
+            loop.add_signal_handler(signum, self._signalled, signum)
 
-        Before that it would only hold up the container: nobody waits for a shim that has nothing
-        to tell.
+    async def _serve(self, listener: Listener | None = None) -> None:
+        path = self._members.first.config.socket
+        if self._server.listener < 0:
+            await self._server.start(path, listener)
+        else:
+            self._server.open(path)
+
+    async def _settle_in(self, first: Member) -> None:
+        """Do what no container waits for while the runtime makes it, or soon, if nothing is asked.
+
+        containerd, which made the bundle, knows this process from its answer. One that was killed
+        meanwhile finds it at the socket that the bundle names; if both were, the bundle names no
+        process, and has a container that nobody was told of: it is taken away, as with a shim that
+        dies over ``create``.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(_REGISTER_S):
+            async with asyncio.timeout(_SETTLE_IN_S):
                 await self._reaper.spawned.wait()
-        if first in list(self._members):  # it may have left
-            first.register()
+        if first not in list(self._members):  # it may have left
+            return
+        first.keeping.open()
+        try:
+            first.write_identity(self._identity())
+        except OSError as error:
+            log.warning("bundle does not say who its shim is", error=error.strerror)
+        first.register()
 
     async def _take_over(self, successor: Successor) -> None:
         """Go on where an earlier image of this process was."""
+        self._reexecution.attempt = successor.attempt
         document = successor.document
         self._gate.shut()
         self._members.unpack(document, ShimConfig.from_request)
@@ -163,7 +227,7 @@ class Shim:
         self._reaper.zombies_reaped = document["zombies_reaped"]
         self._metrics.generation.set(successor.attempt.generation)
         listener = successor.listener()
-        await self._server.start(Listener(listener) if listener is not None else None)
+        await self._serve(Listener(listener) if listener is not None else None)
         self._save()
         successor.commit()
         self._go_on()
@@ -180,7 +244,7 @@ class Shim:
         """Take over the containers of a shim that died."""
         self._gate.shut()
         self._tasks.unpack(await self._members.first.read_legacy())
-        await self._server.start(self._listener)
+        await self._serve()
         self._save()
         self._go_on()
         log.warning("containers of a dead shim adopted", containers=len(self._tasks))
@@ -207,15 +271,10 @@ class Shim:
             self._members, self._tasks, self._hosting, self._page, self._reexecution
         )
         return ShimServer(
-            self._config.socket,
             metrics=self._metrics.server,
             interceptors=[self._gate],
             services=[
-                Service(
-                    shim_pb2_grpc.add_TaskServicer_to_server,
-                    task,
-                    shim_pb2.DESCRIPTOR.services_by_name["Task"],
-                ),
+                Service(shim_pb2_grpc.add_TaskServicer_to_server, task, _TASK),
                 Service(
                     shim_v2_pb2_grpc.add_TaskServicer_to_server,
                     task,
@@ -239,28 +298,30 @@ class Shim:
             ],
         )
 
-    async def _end(self) -> None:
+    async def _end(self, linger_s: float) -> None:
         """Wait for the first reason to end."""
         reasons = [
             asyncio.create_task(self._tasks.shutdown_now.wait()),
             asyncio.create_task(self._shutdown_and_delivered()),
-            asyncio.create_task(self._empty_for_long()),
+            asyncio.create_task(self._empty_for_long(linger_s)),
             asyncio.create_task(self._hosting.deserted.wait()),
         ]
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        self._was_dismissed = reasons[1].done() and not self._tasks.shutdown_now.is_set()
         for reason in reasons:
             reason.cancel()
+        await asyncio.wait(reasons)
 
     async def _shutdown_and_delivered(self) -> None:
         await self._tasks.shutdown.wait()
         await self._members.delivered()
 
-    async def _empty_for_long(self) -> None:
+    async def _empty_for_long(self, linger_s: float) -> None:
         while True:
             await self._tasks.emptied.wait()
             self._tasks.emptied.clear()
             await self._members.delivered()
-            await asyncio.sleep(self._config.linger_s)
+            await asyncio.sleep(linger_s)
             wanted = any(
                 len(member.spool) or member.fresh or self._sandboxes.keeps(member)
                 for member in self._members
@@ -269,6 +330,9 @@ class Shim:
                 return
 
     def _signalled(self, signum: int) -> None:
+        if not len(self._members):
+            self._unwanted()
+            return
         if len(self._tasks):
             log.warning("signal ignored, there are containers", signal=signum)
             return
@@ -299,13 +363,16 @@ class Shim:
         return metrics.page()
 
     def _identity(self) -> dict[str, object]:
-        return {
-            "pid": os.getpid(),
-            "start_time": self._start_time,
-            "address": f"unix://{self._config.socket}",
-            "version": VERSION,
-            "boot_id": self._boot_id,
-        }
+        return {**self.identity, "address": f"unix://{self._members.first.config.socket}"}
+
+    def _defaults(self) -> Defaults:
+        config = self._members.first.config
+        return Defaults(
+            namespace=config.namespace,
+            runtime=config.default_runtime,
+            runtime_state=config.registry.parent / "runtime",
+            runtime_timeout_s=config.runtime_timeout_s,
+        )
 
     def _hello(self, member: Member) -> registry_pb2.Hello:
         config = member.config
@@ -329,6 +396,10 @@ class Shim:
             last_seq=member.spool.last_seq,
             bundle=str(config.bundle),
         )
+
+
+def _nothing() -> None:
+    return
 
 
 def _process_state(process: Process, status: Status) -> registry_pb2.ProcessState:

@@ -114,13 +114,13 @@ class Container:
         began = time.monotonic()
         if self._image is not None:
             self._need_checkpoints()
-        spec = self.bundle.read_spec()
-        self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)
-        self.exits.has_hooks = bundles.has_hooks(spec)
         async with AsyncExitStack() as undo:
             # What needs no root file system is done while the kernel mounts it.
-            mounted = asyncio.ensure_future(asyncio.to_thread(self._mount))
+            mounted = asyncio.get_running_loop().run_in_executor(None, self._mount)
             undo.push_async_callback(self._take_down, mounted)
+            spec = self.bundle.read_spec()
+            self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)
+            self.exits.has_hooks = bundles.has_hooks(spec)
             self.init.io = await around.open_io(self.id, self.init.stdio)
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)

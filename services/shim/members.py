@@ -30,24 +30,30 @@ _STDERR = 2
 
 
 class Members:
-    """Members by the id of their container.
+    """Members by the id of their container; none before the shim knows which one it is.
 
     Args:
-        first: the first one's settings.
         make: makes one.
+
+    Attributes:
+        joined: how many there have been.
     """
 
-    def __init__(self, first: ShimConfig, make: Callable[[ShimConfig], Member]) -> None:
-        self.namespace = first.namespace
+    def __init__(self, make: Callable[[ShimConfig], Member]) -> None:
         self._make = make
         self._members: dict[str, Member] = {}
-        self.add(first)
+        self.joined = 0
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._members.values()))
+
+    @property
+    def namespace(self) -> str:
+        """containerd's, which is that of all of them."""
+        return self.first.config.namespace
 
     @property
     def first(self) -> Member:
@@ -61,6 +67,7 @@ class Members:
     def add(self, config: ShimConfig) -> Member:
         """Make a member."""
         member = self._members[config.id] = self._make(config)
+        self.joined += 1
         return member
 
     def remove(self, member: Member) -> None:

@@ -116,7 +116,9 @@ class Reaper:
         self._orphan_ends: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Become a subreaper and listen for SIGCHLD in the running event loop."""
+        """Become a subreaper and listen for SIGCHLD in the running event loop. Idempotent."""
+        if self._loop is not None:
+            return
         linux.set_child_subreaper()
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)

@@ -118,6 +118,7 @@ async def _play(bundle: Path, runtime: Path) -> None:
         instance_id="0" * 32,
     )
     logs.configure("shim", config.log_level)
+    logs.describe(config.log_level)
     serving = asyncio.Event()
     methods: Any = Methods(ShimMetrics().server)
     registry_pb2_grpc.add_RegistryServicer_to_server(_Registry(), methods)
@@ -125,9 +126,10 @@ async def _play(bundle: Path, runtime: Path) -> None:
     await containerd.start(listen(bundle.with_name("r.ttrpc")).socket)
     peer = Peer(config.socket, namespace=_ID)
     try:
-        shim = Shim(config, ShimMetrics())
+        shim = Shim(ShimMetrics())
         async with asyncio.timeout(_LIMIT_S):
-            running = asyncio.create_task(shim.run(lambda _identity: serving.set()))
+            await shim.wait(listen(bundle.with_name("w")))
+            running = asyncio.create_task(shim.run(config, lambda _identity: serving.set()))
             await serving.wait()
             await _live(_Caller(peer), bundle, runtime)
             await running

@@ -111,6 +111,10 @@ class Sandboxes:
         sandbox = self._read(member)
         return sandbox is not None and not sandbox.exited_at_ns
 
+    def has(self, member: Member) -> bool:
+        """Whether a member is a sandbox, or was one."""
+        return self._read(member) is not None
+
     def resume(self) -> None:
         """Hold the namespaces again, after the process has executed another program."""
         for member in self._members:

@@ -68,6 +68,23 @@ class CreateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds for containers that ask for nothing else.
+
+    Attributes:
+        namespace: containerd's.
+        runtime: for options that name none.
+        runtime_state: directory below which runtimes keep their state, by binary and namespace.
+        runtime_timeout_s: limit of one runtime call.
+    """
+
+    namespace: str
+    runtime: str
+    runtime_state: Path
+    runtime_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Leaving:
     """A deleted container that the runtime still has to forget."""
 
@@ -81,29 +98,23 @@ class Tasks:
 
     Args:
         reaper: of this process.
-        namespace: containerd's.
         find_home: where a container of some id is, or would be, at home.
-        default_runtime: for options that name none.
-        runtime_state: directory below which runtimes keep their state, by binary and namespace.
-        runtime_timeout_s: limit of one runtime call.
+        defaults: what holds for them.
+
+    Attributes:
+        created: how many were.
     """
 
     def __init__(
         self,
         *,
         reaper: Reaper,
-        namespace: str,
         find_home: Callable[[str], Home],
-        default_runtime: str,
-        runtime_state: Path,
-        runtime_timeout_s: float,
+        defaults: Callable[[], Defaults],
     ) -> None:
         self._reaper = reaper
-        self._namespace = namespace
         self._find_home = find_home
-        self._default_runtime = default_runtime
-        self._runtime_state = runtime_state
-        self._runtime_timeout_s = runtime_timeout_s
+        self._defaults = defaults
         self._containers: dict[str, Container] = {}
         self._homes: dict[str, Home] = {}
         self._creating: dict[str, asyncio.Event] = {}
@@ -111,11 +122,17 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
         self.emptied = asyncio.Event()
         self._was_emptied = False
+        self.created = 0
         self.shutdown = asyncio.Event()
         self.shutdown_now = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._containers) + len(self._creating)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a container, or one that the runtime has not forgotten."""
+        return bool(self._containers or self._creating or self._leaving)
 
     def container(self, container_id: str) -> Container:
         """A container by its id.
@@ -178,11 +195,12 @@ class Tasks:
 
     def complete(self, options: RuntimeOptions) -> RuntimeOptions:
         """Options with the shim's defaults for what they leave open."""
-        binary = options.binary or self._default_runtime
+        defaults = self._defaults()
+        binary = options.binary or defaults.runtime
         root = options.root
         if root == Path():
-            root = self._runtime_state / Path(binary).name
-        return replace(options, binary=binary, root=root / self._namespace)
+            root = defaults.runtime_state / Path(binary).name
+        return replace(options, binary=binary, root=root / defaults.namespace)
 
     def request_shutdown(self, *, now: bool) -> None:
         """End the shim once it is empty; does nothing while there are containers, as upstream."""
@@ -312,6 +330,7 @@ class Tasks:
             options.root.mkdir(parents=True, exist_ok=True, mode=0o711)
             await container.create()
             self._containers[request.id] = container
+            self.created += 1
         finally:
             del self._creating[request.id]
             made.set()
@@ -339,7 +358,7 @@ class Tasks:
                 options,
                 log_file=bundle.runtime_log,
                 reaper=self._reaper,
-                timeout_s=self._runtime_timeout_s,
+                timeout_s=self._defaults().runtime_timeout_s,
             ),
             options=options,
             stdio=stdio,

@@ -38,6 +38,8 @@ async def test_answer_comes_when_the_shim_serves_and_names_it(maker):
     assert answer["version"]
     with socket.socket(socket.AF_UNIX) as probe:
         probe.connect(request["socket"])  # it serves already
+    # That it is in the bundle is not waited for.
+    await eventually(lambda: "pid" in json.loads((bundle / "shim.json").read_text()))
     known = json.loads((bundle / "shim.json").read_text())
     assert known["more"] == 1
     assert (known["pid"], known["instance_id"]) == (answer["pid"], "1" * 32)

@@ -18,7 +18,7 @@ from protos.containerd.types.task import task_pb2
 from protos.theseus.shim.v1 import streams_pb2
 from services.common.errors import Internal
 from services.containerd.tasks.checkpoints import MEDIA_TYPE_SPEC, MEDIA_TYPE_STATE
-from services.containerd.tasks.factory import ShimStartFailed
+from services.containerd.tasks.line import ShimStartFailed
 from tests.fakes.task_node import NS, SPEC, TaskClient, TaskNode
 
 if TYPE_CHECKING:
@@ -173,6 +173,28 @@ async def test_a_creation_that_fails_leaves_nothing(
     assert fault == "factory" or not node.shim("c1").alive
     node.factory.failure, node.factory.prepare = None, []
     await client.tasks.Create(request, timeout=10)
+
+
+async def test_a_shim_that_ended_before_it_answered_is_not_the_last_word(
+    node: TaskNode, client: TaskClient
+) -> None:
+    await node.container("c1")
+    node.factory.lines = [False, False]
+    created = await client.tasks.Create(pb.CreateTaskRequest(container_id="c1"), timeout=10)
+    assert created.pid == node.shim("c1").processes[""].pid
+    assert not node.factory.lines
+
+
+async def test_a_shim_that_refuses_after_it_was_called_says_why(
+    node: TaskNode, client: TaskClient
+) -> None:
+    await node.container("c1")
+    node.factory.lines = [ShimStartFailed("the bundle is on fire")]
+    code, text = await failure(
+        client.tasks.Create(pb.CreateTaskRequest(container_id="c1"), timeout=10)
+    )
+    assert (code, text) == (grpc.StatusCode.INTERNAL, "the bundle is on fire")
+    assert nothing_left(node)
 
 
 async def test_a_creation_whose_caller_gives_up_is_undone(

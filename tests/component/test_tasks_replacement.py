@@ -10,8 +10,8 @@ import pytest
 from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
 from protos.containerd.types.task import task_pb2
 from services.common.errors import NotFound
-from services.containerd.tasks.factory import ShimStartFailed
 from services.containerd.tasks.known import Standing
+from services.containerd.tasks.line import ShimStartFailed
 from services.containerd.tasks.upgrade import ShimUpgrades, Upgraded
 from tests.fakes.task_node import NS, TaskNode
 

@@ -467,7 +467,7 @@ async def test_a_shim_without_a_task_is_removed_after_a_restart(node: TaskNode) 
     await node.container("c1")
     node.factory.prepare = [("hanging", {"Create"})]
     known = await node.shims.begin(NS, "c1", b"{}")
-    await node.tasks._launch(node.factory, known)
+    await node.shims.start(node.factory, known)
     shim = node.shim("c1")
     await node.stop()  # while the task was being created
     await node.start()

@@ -33,7 +33,7 @@ async def test_many_shims_are_one_page_and_a_stuck_one_is_counted(tmp_path: Path
         async def begin(container_id: str) -> None:
             async with turns:
                 known = await node.shims.begin(NS, container_id, b"{}")
-                await node.tasks._launch(node.factory, known)
+                await node.shims.start(node.factory, known)
                 known.turn(Standing.REACHABLE)
 
         await asyncio.gather(*(begin(f"c{index}") for index in range(COUNT)))

@@ -2,7 +2,8 @@
 
 Run as a program (``factory --socket PATH``) it speaks the factory's protocol and forks children
 that reply without being shims. The request's id says what happens: ``refused``, ``dies`` (before it
-replies), ``garbage``, ``hangs``, ``kills-factory`` (once); anything else succeeds.
+replies), ``garbage``, ``hangs``, ``kills-factory`` (once); anything else succeeds, and with an id
+that begins with ``again`` the child waits for another request after that, ``stays`` goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from services.common.errors import TheseusError
     from services.containerd.tasks.shim import ShimAddress, ShimRequest
     from tests.fakes.shim import FakeShim
 
@@ -34,6 +36,8 @@ class FakeFactory:
         failure: raised instead of starting one.
         registering: whether new shims register.
         prepare: attributes (name, value) that new shims get.
+        lines: what the lines of the next shims say of a request: that it was never answered
+            (False; there is no shim then), or why it was refused; none: there is no line.
     """
 
     registry: Path
@@ -42,6 +46,7 @@ class FakeFactory:
     failure: Exception | None = None
     registering: bool = True
     prepare: list[tuple[str, object]] = field(default_factory=list)
+    lines: list[bool | TheseusError] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start_shim(self, request: ShimRequest, *, timeout_s: float = 30.0) -> ShimAddress:
@@ -51,6 +56,10 @@ class FakeFactory:
 
         if self.failure is not None:
             raise self.failure
+        address = f"unix://{request.socket}"
+        if self.lines:
+            line: Any = _Line(self.lines.pop(0))
+            return ShimAddress(ProcessId(1 << 22, 1), address, "fake", line)
         shim = FakeShim(
             namespace=request.namespace,
             id=request.id,
@@ -68,7 +77,7 @@ class FakeFactory:
         self.started.append(shim)
         self._news.set()
         await shim.start()
-        return ShimAddress(ProcessId(shim.pid, shim.start_time), f"unix://{request.socket}", "fake")
+        return ShimAddress(ProcessId(shim.pid, shim.start_time), address, "fake")
 
     async def started_shim(self, container_id: str) -> FakeShim:
         """The shim of a container, once there is one."""
@@ -80,6 +89,20 @@ class FakeFactory:
     async def cleanup(self) -> None:
         for shim in self.started:
             await shim.cleanup()
+
+
+class _Line:
+    """The line to a process that did not become a shim."""
+
+    way = None
+
+    def __init__(self, outcome: bool | TheseusError) -> None:
+        self._outcome = outcome
+
+    async def serves(self) -> bool:
+        if isinstance(self._outcome, bool):
+            return self._outcome
+        raise self._outcome
 
 
 def main() -> None:
@@ -103,9 +126,7 @@ def _answer(connection: socket.socket, path: Path) -> None:
         if os.fork():
             connection.close()
             return
-        connection.send(json.dumps({"waiting": os.getpid()}).encode())
-        if data := connection.recv(65536):
-            _child(connection, json.loads(data) | {"waited": "yes"})
+        _wait(connection)
         os._exit(0)
     killed = path.with_name("killed")
     if request["id"] == "kills-factory" and not killed.exists():
@@ -115,7 +136,25 @@ def _answer(connection: socket.socket, path: Path) -> None:
         connection.close()
         return
     _child(connection, request)
+    if request["id"].startswith("again"):
+        _wait(connection)
     os._exit(0)
+
+
+def _wait(connection: socket.socket) -> None:
+    """Wait to be a shim, again and again as long as the requests ask for that."""
+    while True:
+        waiting = {"waiting": os.getpid(), "start_time": 7, "version": '{"waited": "yes"}'}
+        connection.send(json.dumps(waiting).encode())
+        data = connection.recv(65536)
+        if not data:
+            return
+        request = json.loads(data)
+        _child(connection, request | {"waited": "yes"})
+        if request["id"] == "stays":
+            connection.recv(1)
+        if not request["id"].startswith("again"):
+            return
 
 
 def _child(connection: socket.socket, request: dict[str, str]) -> None:

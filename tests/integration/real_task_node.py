@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from prometheus_client import CollectorRegistry
 
 from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
 from protos.containerd.types.runc.options import oci_pb2
+from services.common.metrics import ServerMetrics
 from services.common.mounts import Mount
 from services.common.rpc_errors import from_rpc_error
+from services.containerd.clients.shim import dial_shim
 from services.containerd.containers.store import Container
+from services.containerd.events.exchange import Exchange
+from services.containerd.rpc.events import event_field
 from services.containerd.rpc.mounts import to_mounts
+from services.containerd.rpc.shim_events import ShimEvents
+from services.containerd.rpc.shim_socket import ShimSocket
 from services.containerd.tasks.bundle import unmount_beneath
 from services.containerd.tasks.factory import FactoryClient
 from services.containerd.tasks.fd_keeper import DescriptorKeeper
@@ -29,6 +36,7 @@ from tests.fakes.task_node import NS, SPEC, TaskNode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AsyncExitStack
 
 _END_LIMIT_S = 20
 PROGRAM = (sys.executable, "-m", "services.shim")
@@ -106,11 +114,26 @@ class RealTaskNode(TaskNode):
             registry=self.socket,
             log_level="debug",
             keeper=keeper.path if keeper is not None else None,
+            places=self.state / "w",
+            waiting=1,
+            dial=dial_shim,
         )
         await super().start(serve=serve)
         if keeper is not None:
             await self._stack.enter_async_context(keeper)
         await self._stack.enter_async_context(self.launcher)
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        """Shims register as with the program: over ttrpc."""
+        exchange = Exchange(self.metadata.db, self.metadata.journal, event_field)
+        served = ShimSocket(
+            self.socket,
+            shims=self.shims,
+            events=ShimEvents(self.shims, exchange),
+            metrics=ServerMetrics(CollectorRegistry()),
+        )
+        await stack.enter_async_context(served)
+        await super()._serve(stack)
 
     async def create(
         self,

@@ -230,12 +230,15 @@ class Reconnecting:
     Args:
         path: of the socket.
         tells: as a client's.
+        client: one that is connected already.
     """
 
-    def __init__(self, path: Path | str, *, tells: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, *, tells: bool = False, client: TtrpcClient | None = None
+    ) -> None:
         self._path = path
         self._tells = tells
-        self._client: TtrpcClient | None = None
+        self._client = client
         self._connecting = asyncio.Lock()
 
     async def client(self) -> TtrpcClient:

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from services.common.client import connect
 from services.common.errors import DeadlineExceeded, InvalidArgument, Unavailable, Unimplemented
 from services.common.rpc_errors import error_of, translated
-from services.common.ttrpc.client import CallFailed, Reconnecting
+from services.common.ttrpc.client import CallFailed, Reconnecting, TtrpcClient
 from services.common.ttrpc.frames import MessageTooLarge
 from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.clients.shim import ShimClient
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from services.common.message_stream import MessageStream
     from services.containerd.clients.task_api import Answer
+    from services.containerd.tasks.line import Way
     from services.containerd.tasks.sandbox import SandboxShim
     from services.containerd.tasks.shim import (
         ProgramInfo,
@@ -143,10 +144,14 @@ class ForeignShim(SandboxApiClient):
         )
 
 
-def connect_shim(*, namespace: str, container_id: str, address: str) -> Shim:
+def connect_shim(
+    *, namespace: str, container_id: str, address: str, way: Way | None = None
+) -> Shim:
     """A client of a shim, ours or another, as its address says; see ``ShimConnector``."""
-    kind = ShimClient if address.startswith("unix://") else ForeignShim
-    return kind(namespace=namespace, container_id=container_id, address=address)
+    if not address.startswith("unix://"):
+        return ForeignShim(namespace=namespace, container_id=container_id, address=address)
+    assert way is None or isinstance(way, TtrpcClient), "it was dialled by dial_shim"
+    return ShimClient(namespace=namespace, container_id=container_id, address=address, way=way)
 
 
 def has_sandboxes(shim: Shim) -> SandboxShim | None:

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from protos.theseus.shim.v1 import control_pb2 as pb
 from services.common.peer import Peer
+from services.common.ttrpc.client import TtrpcClient
 from services.containerd.clients.sandbox_api import SandboxApiClient
 from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import ProgramInfo, Reexecuted, ShimAddress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from google.protobuf.message import Message
 
@@ -26,6 +28,15 @@ _QUICK_S = 30.0
 _SLOW_S = 600.0
 
 
+async def dial_shim(path: Path) -> TtrpcClient:
+    """Connect to a shim that waits to be one, ahead of its first call.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    return await TtrpcClient.connect(path, tells=True)
+
+
 class ShimClient(SandboxApiClient):
     """One shim's services, connected to when first used.
 
@@ -33,11 +44,14 @@ class ShimClient(SandboxApiClient):
         namespace: containerd's.
         container_id: whose task the shim runs.
         address: ``unix://PATH``.
+        way: a connection that there is already; see :func:`dial_shim`.
     """
 
-    def __init__(self, *, namespace: str, container_id: str, address: str) -> None:
+    def __init__(
+        self, *, namespace: str, container_id: str, address: str, way: TtrpcClient | None = None
+    ) -> None:
         super().__init__(container_id)
-        self._peer = Peer(address, namespace=namespace)
+        self._peer = Peer(address, namespace=namespace, connection=way)
 
     async def host(self, request: ShimRequest) -> ShimAddress:
         """As ``Shim.host``."""

@@ -21,7 +21,7 @@ from protos.containerd.runtime.bootstrap.v1 import bootstrap_pb2
 from services.common import VERSION
 from services.common.errors import DeadlineExceeded
 from services.containerd.rpc.encoding import to_any
-from services.containerd.tasks.factory import ShimStartFailed
+from services.containerd.tasks.line import ShimStartFailed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,15 +16,20 @@ import json
 import socket
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 import structlog
 
 from services.common import tracing
 from services.common.background import Background
-from services.common.errors import DeadlineExceeded, Internal, Unavailable
 from services.common.log import request_id
-from services.containerd.tasks.processes import ProcessId
+from services.containerd.tasks.line import (
+    REPLY_MAX_BYTES,
+    ended_early,
+    not_in_time,
+    read_answer,
+)
 from services.containerd.tasks.shim import ShimAddress
 from services.containerd.tasks.waiting import WaitingShims
 from services.containerd.uninterrupted import uninterrupted
@@ -35,31 +40,26 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from services.containerd.tasks.shim import ShimRequest
+    from services.containerd.tasks.waiting import Dial
 
 log = structlog.get_logger(__name__)
 
-_REPLY_MAX_BYTES = 65536
 _RETRY_S = 0.01
 _BACKOFF_S = 0.02
 _BACKOFF_MAX_S = 5.0
 _STABLE_S = 10.0
 _STOP_S = 2.0
 _DEATH_NOTICE_S = 0.1
-_LOG_TAIL_BYTES = 2000
-
-
-class ShimStartFailed(Internal):
-    """A shim did not come up; the message has its own words."""
 
 
 class ShimLauncher(Protocol):
     """Starts shims of one kind."""
 
     async def start_shim(self, request: ShimRequest, *, timeout_s: float = 30.0) -> ShimAddress:
-        """Start a shim; returns once it serves.
+        """Start a shim; returns once it serves, or before that if the request says so.
 
         Raises:
-            ShimStartFailed: it could not; nothing of it is left but its log.
+            ShimStartFailed: it could not; nothing of it is left but its log (see ``line.py``).
             DeadlineExceeded: it was not ready in time; it may come up later.
         """
 
@@ -76,6 +76,7 @@ class FactoryClient:
         keeper: where the keeper of descriptors listens, for shims; None for none.
         places: directory of the sockets of shims that wait; None: that of ``socket``.
         waiting: how many shims wait ready.
+        dial: connects to one that waits.
         at_once: whether the program is started at the beginning, and not by :meth:`begin`.
     """
 
@@ -90,6 +91,7 @@ class FactoryClient:
         keeper: Path | None = None,
         places: Path | None = None,
         waiting: int = 0,
+        dial: Dial | None = None,
         at_once: bool = True,
     ) -> None:
         self._wanted = asyncio.Event()
@@ -104,7 +106,9 @@ class FactoryClient:
         self._background = Background()
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
-        self.waiting = WaitingShims(factory=socket, places=places or socket.parent, number=waiting)
+        self.waiting = WaitingShims(
+            factory=socket, places=places or socket.parent, number=waiting, dial=dial
+        )
 
     async def __aenter__(self) -> Self:
         self._background.start(self._run_on_demand(), name="shim factory")
@@ -125,6 +129,7 @@ class FactoryClient:
     async def start_shim(self, request: ShimRequest, *, timeout_s: float = 30.0) -> ShimAddress:
         """As :meth:`ShimLauncher.start_shim`; waits for a factory that is being restarted."""
         self.begin()
+        place = self.waiting.place
         message = json.dumps(
             {
                 "namespace": request.namespace,
@@ -138,49 +143,72 @@ class FactoryClient:
                 "log_level": self._log_level,
                 "adopt": request.adopt,
                 **({"keeper": str(self._keeper)} if self._keeper is not None else {}),
+                **({"then_wait_in": str(place)} if place is not None else {}),
             }
         ).encode()
-        try:
-            with tracing.span("shim from the factory"):
+        with tracing.span("shim from the factory"):
+            address = await self._ask_one_that_waits(message, request, timeout_s)
+            if address is not None:
+                return address
+            try:
                 async with asyncio.timeout(timeout_s):
-                    reply = await self._ask_one_that_waits(message) or await self._ask(message)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"no shim for '{request.id}' within {timeout_s:g} s: see {request.bundle}/shim.log "
-                "and the log of the shim factory"
-            ) from None
-        return await asyncio.to_thread(_parse_reply, reply, request)
+                    reply, connection = await self._ask(message)
+            except TimeoutError:
+                raise not_in_time(request, timeout_s) from None
+        try:
+            if not reply:
+                raise await asyncio.to_thread(ended_early, request)
+            address = read_answer(reply, request)
+            if place is None:
+                connection.close()
+                return address
+            return replace(address, line=self.waiting.remember(connection, address))
+        except BaseException:
+            connection.close()
+            raise
 
-    async def _ask_one_that_waits(self, message: bytes) -> bytes | None:
-        """The answer of a shim that waits ready; None where none has taken the request."""
-        loop = asyncio.get_running_loop()
-        while (connection := self.waiting.take()) is not None:
-            with connection:
-                try:
-                    await loop.sock_sendall(connection, message)
-                    return await loop.sock_recv(connection, _REPLY_MAX_BYTES)
-                except ConnectionError as error:
-                    # It ended before it read the request, or the kernel would not say so.
-                    log.info("waiting shim is gone", error=error.strerror)
+    async def _ask_one_that_waits(
+        self, message: bytes, request: ShimRequest, timeout_s: float
+    ) -> ShimAddress | None:
+        """A shim that has waited; None where none has taken the request."""
+        while (line := self.waiting.take()) is not None:
+            try:
+                line.ask(message, request, limit_s=timeout_s)
+            except ConnectionError as error:
+                line.close()
+                log.info("waiting shim is gone", error=str(error))
+                continue
+            address = f"unix://{request.socket}"
+            if request.ahead or await line.serves():
+                return ShimAddress(line.process, address, line.version, line)
+            log.info("waiting shim is gone", pid=line.process.pid)
         return None
 
-    async def _ask(self, message: bytes) -> bytes:
-        """One request; again while there is no factory to take it, or it died over it."""
+    async def _ask(self, message: bytes) -> tuple[bytes, socket.socket]:
+        """One request; again while there is no factory to take it, or it died over it.
+
+        Returns:
+            The reply, empty if there was none, and the connection, the caller's to close.
+        """
         loop = asyncio.get_running_loop()
         while True:
             factory = self._process
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
                 connection.setblocking(False)
-                try:
-                    # Not sock_connect: a full backlog is EAGAIN here, and nothing tells when it
-                    # is no longer full.
-                    connection.connect(str(self._socket))
-                    await loop.sock_sendall(connection, message)
-                    reply = await loop.sock_recv(connection, _REPLY_MAX_BYTES)
-                except (BlockingIOError, ConnectionError, FileNotFoundError):
-                    reply = None
-            if reply or (reply == b"" and factory is not None and not await _is_dead(factory)):
-                return reply
+                # Not sock_connect: a full backlog is EAGAIN here, and nothing tells when it is no
+                # longer full.
+                connection.connect(str(self._socket))
+                await loop.sock_sendall(connection, message)
+                reply = await loop.sock_recv(connection, REPLY_MAX_BYTES)
+                if reply or (factory is not None and not await _is_dead(factory)):
+                    return reply, connection
+            except (BlockingIOError, ConnectionError, FileNotFoundError):
+                pass
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
             # No request was forked off without keeping its connection open: asking again is safe.
             await asyncio.sleep(_RETRY_S)
 
@@ -240,31 +268,3 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-def _parse_reply(reply: bytes, request: ShimRequest) -> ShimAddress:
-    if not reply:
-        raise ShimStartFailed(
-            f"the shim of '{request.id}' ended before it served: {_log_tail(request.bundle)}"
-        )
-    try:
-        data = json.loads(reply)
-        if error := data.get("error"):
-            raise ShimStartFailed(f"the shim of '{request.id}' did not start: {error}")
-        return ShimAddress(
-            ProcessId(int(data["pid"]), int(data["start_time"])),
-            str(data["address"]),
-            str(data["version"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unavailable("the shim factory's reply makes no sense: is it another version?") from (
-            error
-        )
-
-
-def _log_tail(bundle: Path) -> str:
-    try:
-        text = (bundle / "shim.log").read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-    except FileNotFoundError:
-        return "it left no log"
-    return " | ".join(text.split("\n")[-4:]).strip(" |") or "its log is empty"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from services.containerd.tasks.gone import Epitaph
     from services.containerd.tasks.journal import TaskJournal
     from services.containerd.tasks.known import KnownShim
+    from services.containerd.tasks.line import ShimLine, Way
     from services.containerd.tasks.metrics import TaskMetrics
     from services.containerd.tasks.shim import ShimAddress, ShimConnector
 
@@ -92,23 +93,40 @@ class Keeper:
         self._remove = remove
         self._grace_s = grace_s
 
-    def meet(self, known: KnownShim, process: ProcessId, address: str, version: str) -> None:
-        """Learn, or learn anew, which process a shim is and where it serves."""
+    def meet(
+        self,
+        known: KnownShim,
+        process: ProcessId,
+        address: str,
+        version: str,
+        line: ShimLine | None = None,
+    ) -> None:
+        """Learn, or learn anew, which process a shim is and where it serves.
+
+        Args:
+            known: the shim.
+            process: it.
+            address: where it serves.
+            version: of its program; empty: nobody said.
+            line: that on which it was asked to be one; its way becomes the shim's.
+        """
         known.version = version or known.version
-        self.find_way(known, address)
+        known.line = line or known.line
+        self.find_way(known, address, line.way if line is not None else None)
         if known.process != process:
             known.process = process
-            self._background.start(self._watch(known, process), name=f"watch {known.id}")
+            watch = self._watch(known, process)
+            known.watch = self._background.start(watch, name=f"watch {known.id}")
 
-    def find_way(self, known: KnownShim, address: str) -> None:
+    def find_way(self, known: KnownShim, address: str, way: Way | None = None) -> None:
         """Learn where a shim serves, or would."""
-        if known.address == address and known.shim is not None:
+        if known.address == address and known.shim is not None and way is None:
             return
         if known.shim is not None:
             self._background.start(known.shim.close(), name=f"close {known.id}")
         known.address = address
         known.shim = self._connect(
-            namespace=known.namespace, container_id=known.id, address=address
+            namespace=known.namespace, container_id=known.id, address=address, way=way
         )
 
     def check(self, known: KnownShim) -> None:

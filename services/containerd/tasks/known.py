@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from services.containerd.tasks.bundle import Bundle
+    from services.containerd.tasks.line import ShimLine
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.tasks.registration import ShimSession
     from services.containerd.tasks.sandbox import SandboxEnd
@@ -69,9 +70,11 @@ class KnownShim:
         inherited: it was there when this containerd started.
         group: whose shims share a process; empty: none.
         process: the shim itself, once known; it may be that of others too.
+        watch: what sees that process end.
         joining: the process that is being asked to serve it.
         address: where it serves, once known.
         version: of its program, once known.
+        line: the one on which its process was asked to be a shim; None: it did not wait for that.
         shim: the way to it, once it serves.
         session: its registration stream, while that stands.
         exits: how its processes ended, by exec id, as far as containerd was told.
@@ -90,9 +93,11 @@ class KnownShim:
         self.inherited = standing is not Standing.STARTING
         self.group = ""
         self.process: ProcessId | None = None
+        self.watch: asyncio.Task[None] | None = None
         self.joining: ProcessId | None = None
         self.address = ""
         self.version = ""
+        self.line: ShimLine | None = None
         self.shim: Shim | None = None
         self.session: ShimSession | None = None
         self.exits: dict[str, ProcessExit] = {}
@@ -157,6 +162,12 @@ class KnownShim:
         """Take in what the shim says of init on its own account."""
         self.forget_state()
         self._state = state
+
+    def forget_process(self) -> None:
+        """It is nobody's shim any more, and its process may be another's."""
+        self.process = None
+        if self.watch is not None and self.watch is not asyncio.current_task():
+            self.watch.cancel()
 
     def forget_state(self) -> None:
         """The state of init is another one, or may be."""

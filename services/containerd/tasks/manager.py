@@ -131,10 +131,7 @@ class TaskManager:
             )
             undo.push_async_callback(self._undo_create, known)
             new = _create_request(known, container, request)
-            await self._launch(launcher, known, new.options)
-            assert known.shim is not None, "a shim that serves can be called"
-            self._moving()
-            pid = await known.shim.create(new)
+            pid = await self._make(launcher, known, new)
             if binary:
                 init = pid, linux.process_start_time(pid) or 0
                 await uninterrupted(asyncio.to_thread(known.bundle.complete, init=init))
@@ -309,11 +306,20 @@ class TaskManager:
         shim = await self._shims.get(namespace, container_id).ready()
         return await shim.attach()
 
-    async def _launch(
-        self, launcher: ShimLauncher, known: KnownShim, options: TypedValue | None = None
-    ) -> None:
-        with self._metrics.start_seconds.time():
-            await self._shims.start(launcher, known, options)
+    async def _make(self, launcher: ShimLauncher, known: KnownShim, new: CreateTask) -> int:
+        """Have a shim, and the container by it; it may be asked for both before it has answered."""
+        while True:
+            with self._metrics.start_seconds.time():
+                await self._shims.start(launcher, known, new.options, ahead=True)
+            assert known.shim is not None, "a shim that was met can be called"
+            self._moving()
+            try:
+                return await known.shim.create(new)
+            except Unavailable:
+                if known.line is None or await known.line.serves():
+                    raise
+                log.info("waiting shim is gone", container=known.id)
+                known.line = None
 
     async def _undo_create(self, known: KnownShim) -> None:
         await uninterrupted(self._remove_uncreated(known))

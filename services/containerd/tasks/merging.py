@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 KSM = Path("/sys/kernel/mm/ksm")
-SHIM_COMM = "theseus-shim"
+SHIM_COMMS = frozenset({"theseus-shim", "theseus-waiting"})
+"""One that waits may have been a container's before."""
 _FAST = {"pages_to_scan": "5000", "sleep_millisecs": "20"}
 _STOPPED = "0"
 _SCANS = 3  # the first takes notice of a page, the second finds it unchanged, the third merges
@@ -163,7 +164,7 @@ class MemoryMerger:
                 name = (entry / "comm").read_text().strip()
             except OSError:  # it ended
                 continue
-            if name != SHIM_COMM:
+            if name not in SHIM_COMMS:
                 return shims, f"{name} ({entry.name})"
             shims += 1
         return shims, ""

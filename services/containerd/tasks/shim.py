@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from services.common.message_stream import MessageStream
     from services.common.mounts import Mount
+    from services.containerd.tasks.line import ShimLine, Way
     from services.containerd.tasks.processes import ProcessId
     from services.containerd.typed import TypedValue
 
@@ -126,7 +127,8 @@ class ShimRequest:
     """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
 
     With ``adopt`` it takes over the container of a shim that died, instead of waiting for one.
-    ``options`` are the runtime's, for shims that others wrote.
+    ``options`` are the runtime's, for shims that others wrote. With ``ahead`` it need not serve yet
+    when its address is told: calls wait for that, and one that fails asks ``ShimAddress.line`` why.
     """
 
     namespace: str
@@ -136,15 +138,17 @@ class ShimRequest:
     instance_id: str
     adopt: bool = False
     options: TypedValue | None = None
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ShimAddress:
-    """A shim that serves."""
+    """A shim that serves, or is about to; ``line`` is what it was asked on, if it waited."""
 
     process: ProcessId
     address: str
     version: str
+    line: ShimLine | None = None
 
 
 class Shim(Protocol):
@@ -285,5 +289,10 @@ class Shim(Protocol):
 class ShimConnector(Protocol):
     """Makes a :class:`Shim` of an address. Connects with the first call, not now."""
 
-    def __call__(self, *, namespace: str, container_id: str, address: str) -> Shim:
-        """A client of the shim of ``container_id`` that listens on ``address`` (``unix://PATH``)."""
+    def __call__(
+        self, *, namespace: str, container_id: str, address: str, way: Way | None = None
+    ) -> Shim:
+        """A client of the shim of ``container_id`` that listens on ``address`` (``unix://PATH``).
+
+        It uses ``way``, which becomes its own, for as long as that stands.
+        """

@@ -231,7 +231,12 @@ class ShimManager:
         return known
 
     async def start(
-        self, launcher: ShimLauncher, known: KnownShim, options: TypedValue | None = None
+        self,
+        launcher: ShimLauncher,
+        known: KnownShim,
+        options: TypedValue | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         """Have a shim serve a new task: a process of its own, or one of its group.
 
@@ -239,6 +244,7 @@ class ShimManager:
             launcher: starts one.
             known: the new task's.
             options: the runtime's, for a shim that others wrote; such find their group themselves.
+            ahead: return as soon as it can be called; a call that fails may have to ask its line.
 
         Raises:
             ShimStartFailed, DeadlineExceeded, Unavailable: there is none.
@@ -247,7 +253,8 @@ class ShimManager:
             request = replace(self._request(known), options=options)
             self._meet(known, await launcher.start_shim(request))
         else:
-            await self._sharing.start(launcher, known, self._request(known))
+            request = replace(self._request(known), ahead=ahead)
+            await self._sharing.start(launcher, known, request)
 
     def began(self, known: KnownShim) -> None:
         """The task of a new shim exists."""
@@ -331,11 +338,19 @@ class ShimManager:
                 await self._undertaker.mark(known, {})
             clean = known.dismissed is not None and bool(known.dismissed.get("clean"))
             shared = bool(self._sharing.company(known))
-            await self._undertaker.remove(known, clean=clean, shared=shared)
+            try:
+                await self._undertaker.remove(known, clean=clean, shared=shared)
+            except BaseException:
+                if known.line is not None:  # its process is named by what is left
+                    known.line.close()
+                raise
             if known.session is not None:
                 known.session.end()
             del self._shims[known.namespace, known.id]
             known.turn(Standing.REMOVED)
+            known.forget_process()
+            if known.line is not None:
+                known.line.release()  # only now: nothing names its process any more
             return True
 
     async def scrape(self, *, timeout_s: float = 0.8) -> bytes:
@@ -368,7 +383,7 @@ class ShimManager:
         )
 
     def _meet(self, known: KnownShim, address: ShimAddress) -> None:
-        self._keeper.meet(known, address.process, address.address, address.version)
+        self._keeper.meet(known, address.process, address.address, address.version, address.line)
         self._met()
 
     async def _replace(self, known: KnownShim) -> ShimAddress:

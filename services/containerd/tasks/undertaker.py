@@ -10,9 +10,10 @@ A process that still ran when its shim had died is killed here, and the kernel t
 event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
 
 Removal: ``deleting`` written · shim told to go, then killed (or, where its process serves others
-too, told to serve this one no longer) · spool -> journal · leftovers, mounts, bundle. Both
-sequences can be repeated from the start after a crash at any step. Whoever deletes a task waits for
-the first step of a removal; the rest follows behind its back.
+too, told to serve this one no longer; one that waits for another container has gone, too) · spool
+-> journal · leftovers, mounts, bundle. Both sequences can be repeated from the start after a crash
+at any step. Whoever deletes a task waits for the first step of a removal; the rest follows behind
+its back.
 
 A shim says that a container is deleted before the runtime has forgotten it, and goes when it has.
 One that dies in between has it in state.json still, so the runtime is told here; until then a new
@@ -187,13 +188,14 @@ class Undertaker:
         return True
 
     async def _send_away(self, known: KnownShim, *, now: bool) -> None:
-        """See the shim's process end: asked first, then killed.
+        """See the shim's process end, or wait for another container: asked first, then killed.
 
         Unless it has to be ``now``, it goes when all of its events are acknowledged; some may be
         in its memory only, where its disk was full.
         """
         process = known.process or await asyncio.to_thread(known.bundle.process)
         handle = None if process is None else ProcessHandle.open(process)
+        is_free = False
         if handle is not None:
             with handle:
                 async with Background() as background:
@@ -203,10 +205,13 @@ class Undertaker:
                         )
                         try:
                             async with asyncio.timeout(_GO_S):
-                                await handle.ended()
+                                is_free = await _waits_again(known)
+                                if not is_free:
+                                    await handle.ended()
                         except TimeoutError:
                             log.warning("shim does not go", container=known.id)
-                if not await handle.kill(timeout_s=_KILL_S):
+                # It is still this task's alone: see ``line.py``.
+                if not is_free and not await handle.kill(timeout_s=_KILL_S):
                     log.error("shim cannot be killed", container=known.id, pid=handle.process.pid)
         if known.shim is not None:
             await known.shim.close()
@@ -268,6 +273,10 @@ def _read_remains(known: KnownShim) -> Remains | None:
     except NotFound:
         return None
     return Remains({"": RemainingProcess("", pid, start_time)} if pid else {})
+
+
+async def _waits_again(known: KnownShim) -> bool:
+    return known.line is not None and await known.line.waits_again()
 
 
 async def _ask_to_go(shim: Shim, *, now: bool) -> None:

@@ -34,35 +34,40 @@ class GrpcOnDemand:
     """A gRPC server for the connections that it is given.
 
     Args:
-        directory: where its socket is bound, under the name that a waiting shim's has: one that a
-            process left which died between two steps goes with theirs.
         services: what it serves.
         metrics: counts calls.
         interceptors: as a server's.
+
+    Attributes:
+        started: whether gRPC was, whatever came of it.
     """
 
     def __init__(
         self,
-        directory: Path,
         *,
         services: Sequence[Service],
         metrics: CallMetrics,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
-        self._path = directory / waiting_name()
         self._services = services
         self._metrics = metrics
         self._interceptors = interceptors
         self._starting = asyncio.Lock()
         self._server: RpcServer | None = None
         self._socket = -1
+        self.started = False
         self._background = Background()
         self._relays: set[_Relay] = set()
 
-    def take(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Serve a connection, which has sent ``data`` so far."""
+    def take(self, transport: asyncio.Transport, data: bytes, directory: Path) -> None:
+        """Serve a connection, which has sent ``data`` so far.
+
+        The server's socket is bound in ``directory`` under the name that a waiting shim's has: one
+        that a process left which died between two steps goes with theirs.
+        """
         transport.pause_reading()
-        self._background.start(self._join(transport, data), name="gRPC connection")
+        path = directory / waiting_name()
+        self._background.start(self._join(transport, data, path), name="gRPC connection")
 
     async def stop(self, grace_s: float) -> None:
         """End everything; calls under way get ``grace_s`` seconds to finish."""
@@ -74,14 +79,13 @@ class GrpcOnDemand:
         for relay in list(self._relays):
             relay.hang_up()
 
-    async def _join(self, transport: asyncio.Transport, data: bytes) -> None:
+    async def _join(self, transport: asyncio.Transport, data: bytes, path: Path) -> None:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_START_S):
-                await self._start()
+                await self._start(path)
                 outer, inner = _Relay(self._relays), _Relay(self._relays)
-                path = f"/proc/self/fd/{self._socket}"
-                await loop.create_unix_connection(lambda: inner, path)
+                await loop.create_unix_connection(lambda: inner, f"/proc/self/fd/{self._socket}")
         except BaseException as error:
             transport.abort()
             if not isinstance(error, Exception):
@@ -95,20 +99,21 @@ class GrpcOnDemand:
         outer.connection_made(transport)
         transport.resume_reading()
 
-    async def _start(self) -> None:
+    async def _start(self, path: Path) -> None:
         async with self._starting:
             if self._server is not None:
                 return
+            self.started = True
             server = RpcServer(
                 tier="shim",
-                socket=self._path,
+                socket=path,
                 services=self._services,
                 metrics=self._metrics,
                 interceptors=self._interceptors,
             )
             await server.start()
-            self._socket = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
-            self._path.unlink()
+            self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            os.unlink(path)  # noqa: PTH108 - a name in memory
             self._server = server
             log.info("gRPC started")
 

@@ -3,10 +3,14 @@
 Both on one listening socket, of which this process, and every image of it, has the descriptor. What
 a connection speaks is known by its first byte. gRPC costs a process two megabytes, eight threads
 and some milliseconds, and is needed by people and their tools alone: see ``on_demand.py``.
+
+A shim that waits to be told which one it is listens already, elsewhere. Calls that come before it
+is told wait for that: containerd need not.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +29,9 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from protos.containerd.ttrpc import request_pb2
     from services.common.server import CallMetrics, Service
+    from services.common.ttrpc.server import Call
 
 _BACKLOG = 128
 
@@ -34,63 +40,98 @@ class ShimServer:
     """Serves ``services`` on a shim's socket.
 
     Args:
-        path: of the socket.
         services: of both protocols; gRPC has health and reflection besides.
         metrics: counts calls.
         interceptors: see a call after the common one.
-
-    Raises:
-        InvalidArgument: the path is longer than a socket's name may be.
     """
 
     def __init__(
         self,
-        path: Path,
         *,
         services: Sequence[Service],
         metrics: CallMetrics,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
-        self._place = Place(path)
-        self._listener: socket.socket | None = None
+        self._place: Place | None = None
+        self._bound: Listener | None = None
+        self._opened = asyncio.Event()
         methods = Methods(metrics)
         for service in services:
             methods.add_when_called(service)
-        self._grpc = GrpcOnDemand(
-            path.parent, services=services, metrics=metrics, interceptors=interceptors
-        )
-        self._server = TtrpcServer(Handlers(methods, interceptors).answer, stranger=self._grpc.take)
+        self._handlers = Handlers(methods, interceptors)
+        self._grpc = GrpcOnDemand(services=services, metrics=metrics, interceptors=interceptors)
+        self._server = TtrpcServer(self._answer, stranger=self._meet)
 
     @property
     def listener(self) -> int:
-        """Descriptor of the listening socket; -1 before ``start``."""
-        return self._listener.fileno() if self._listener is not None else -1
+        """Descriptor of the listening socket; -1 before ``listen``."""
+        return self._bound.socket.fileno() if self._bound is not None else -1
 
-    async def start(self, listener: Listener | None = None) -> None:
-        """Serve; ``listener`` is one that is there already.
+    @property
+    def speaks_grpc(self) -> bool:
+        """Whether gRPC was started in this process."""
+        return self._grpc.started
+
+    async def listen(self, listener: Listener) -> None:
+        """Take connections; their calls wait for :meth:`open`."""
+        self._bound = listener
+        if listener.at is not None:
+            let_group_in(listener.at)
+        await self._server.start(listener.socket)
+
+    async def prepare(self, service: str, method: str) -> None:
+        """Have a method ready that is about to be called."""
+        await self._handlers.find(service, method)
+
+    def open(self, path: Path) -> None:
+        """Move the socket to ``path``, and let the calls in.
 
         Raises:
+            InvalidArgument: the path is longer than a socket's name may be.
             FailedPrecondition: there can be no socket in that place.
         """
-        listener = listener or listen(self._place.new)
-        self._listener = listener.socket
+        assert self._bound is not None, "it listens"
+        place = Place(path)
+        check_socket_path(place.new)
         try:
-            if listener.at is None:
-                self._place.recognise()
+            if self._bound.at is None:
+                place.recognise()
             else:
-                let_group_in(listener.at)
-                self._place.take(listener.at)
+                place.take(self._bound.at)
         except OSError as error:
             raise FailedPrecondition(
-                f"the socket cannot be put at {self._place.path}: {error.strerror}"
+                f"the socket cannot be put at {path}: {error.strerror}"
             ) from error
-        await self._server.start(listener.socket)
+        self._place = place
+        self._opened.set()
+
+    async def start(self, path: Path, listener: Listener | None = None) -> None:
+        """Serve at ``path``; ``listener`` is one that is there already.
+
+        Raises:
+            As :meth:`open`, and :func:`listen`.
+        """
+        check_socket_path(Place(path).new)
+        await self.listen(listener or listen(Place(path).new))
+        self.open(path)
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls; those under way get ``grace_s`` seconds to finish."""
         await self._server.stop(grace_s)
         await self._grpc.stop(grace_s)
-        self._place.leave()
+        if self._place is not None:
+            self._place.leave()
+
+    async def _answer(self, call: Call) -> request_pb2.Response:
+        if self._place is None:
+            await self._opened.wait()
+        return await self._handlers.answer(call)
+
+    def _meet(self, transport: asyncio.Transport, data: bytes) -> None:
+        if self._place is None:  # nobody has business with it but containerd
+            transport.close()
+        else:
+            self._grpc.take(transport, data, self._place.path.parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from services.shim.measures import Unmeasured
 from services.shim.reaper import Reaper
 from services.shim.spool import Spool
 from services.shim.surroundings import Surroundings
-from services.shim.tasks import Tasks
+from services.shim.tasks import Defaults, Tasks
 from services.shim.ttrpc import home
 from services.shim.ttrpc.events import EventForwarder
 from services.shim.ttrpc.task import StockTaskApi, services
@@ -75,14 +75,15 @@ class TtrpcShim:
                 background=background,
             )
             all_at_home = Home(bundle, around)
-            tasks = Tasks(
-                reaper=reaper,
+            defaults = Defaults(
                 namespace=request.namespace,
-                find_home=lambda _id: all_at_home,
-                default_runtime="runc",
+                runtime="runc",
                 # With containerd's own address that is upstream's /run/containerd/runc.
                 runtime_state=Path(request.address).parent,
                 runtime_timeout_s=_RUNTIME_LIMIT_S,
+            )
+            tasks = Tasks(
+                reaper=reaper, find_home=lambda _id: all_at_home, defaults=lambda: defaults
             )
             for signum in _FINAL_SIGNALS:
                 loop.add_signal_handler(signum, _signalled, signum, tasks)

@@ -39,8 +39,8 @@ from services.containerd.rpc.events import event_field
 from services.containerd.rpc.shim_events import SERVICE, ShimEvents
 from services.containerd.rpc.shim_socket import ShimSocket
 from services.containerd.tasks.bundle import Bundle
-from services.containerd.tasks.factory import ShimStartFailed
 from services.containerd.tasks.foreign import ForeignRuntimes, program_name, socket_of
+from services.containerd.tasks.line import ShimStartFailed
 from services.containerd.typed import TypedValue
 from tests.fakes.metadata import open_metadata
 

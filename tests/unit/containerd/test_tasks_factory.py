@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ import pytest
 
 from services.common.errors import DeadlineExceeded, Unavailable
 from services.common.log import request_id
-from services.containerd.tasks.factory import FactoryClient, ShimStartFailed
+from services.containerd.tasks import waiting as waiting_shims
+from services.containerd.tasks.factory import FactoryClient
+from services.containerd.tasks.line import ShimLine, ShimStartFailed
 from services.containerd.tasks.shim import ShimAddress, ShimRequest
 from tests.fakes.eventually import eventually
 
@@ -162,7 +165,7 @@ def has_waited(address: ShimAddress) -> bool:
 
 def connected(client: FactoryClient) -> list[int]:
     """Pids of the shims that wait, as their connections tell."""
-    return [pid for _, pid in client.waiting._ready]
+    return [line.process.pid for line in client.waiting._ready]
 
 
 async def test_shims_that_wait_are_taken_and_replaced(
@@ -197,6 +200,191 @@ async def test_one_that_dies_over_a_request_is_not_the_last_word(
     waiting: FactoryClient, tmp_path: Path
 ) -> None:
     assert not has_waited(await waiting.start_shim(request(tmp_path, "dies-once")))
+
+
+class Way:
+    """A connection that was dialled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+async def ahead(tmp_path: Path) -> AsyncIterator[FactoryClient]:
+    async def dial(path: Path) -> Way:
+        return Way(path)
+
+    client = FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1, dial=dial
+    )
+    async with client:
+        await ready(client, 1)
+        yield client
+
+
+async def asked(
+    client: FactoryClient, tmp_path: Path, id: str, *, timeout_s: float = 10
+) -> tuple[ShimLine, Way]:
+    asked = replace(request(tmp_path, id), ahead=True)
+    address = await client.start_shim(asked, timeout_s=timeout_s)
+    assert address.address == f"unix://{tmp_path}/shim.sock"
+    assert address.line is not None
+    assert address.process == address.line.process
+    assert isinstance(address.line.way, Way)
+    return address.line, address.line.way
+
+
+async def test_one_that_waits_is_connected_to_and_need_not_have_answered(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, way = await asked(ahead, tmp_path, "c1")
+    assert way.path == tmp_path / f"waiting-{line.process.pid}"
+    assert await line.serves()
+    assert not way.closed
+    line.close()
+
+
+async def test_one_that_refuses_says_why_when_it_is_asked(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, way = await asked(ahead, tmp_path, "refused")
+    with pytest.raises(ShimStartFailed, match="the bundle is on fire"):
+        await line.serves()
+    assert way.closed  # or the first call would wait for ever
+
+
+async def test_one_that_ends_without_an_answer_has_done_nothing(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, way = await asked(ahead, tmp_path, "dies")
+    assert not await line.serves()
+    assert way.closed
+
+
+async def test_one_that_does_not_answer_is_given_up(ahead: FactoryClient, tmp_path: Path) -> None:
+    line, way = await asked(ahead, tmp_path, "hangs", timeout_s=0.05)
+    with pytest.raises(DeadlineExceeded, match="no shim for 'hangs' within"):
+        await line.serves()
+    assert way.closed
+    line.close()
+
+
+async def test_an_answer_without_sense_is_told(ahead: FactoryClient, tmp_path: Path) -> None:
+    line, way = await asked(ahead, tmp_path, "garbage")
+    with pytest.raises(Unavailable, match="another version"):
+        await line.serves()
+    assert way.closed
+
+
+async def test_one_that_is_killed_while_it_waits_is_missed_at_once(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    (pid,) = connected(ahead)
+    way = ahead.waiting._ready[0].way
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: connected(ahead) not in ([], [pid]))
+    assert isinstance(way, Way)
+    assert way.closed
+
+
+async def test_one_that_nobody_can_connect_to_does_not_wait(tmp_path: Path) -> None:
+    dialled = asyncio.Event()
+
+    async def dial(path: Path) -> Way:
+        dialled.set()
+        raise ConnectionRefusedError
+
+    async with FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1, dial=dial
+    ) as client:
+        await dialled.wait()
+        assert json.loads((await client.start_shim(request(tmp_path, "c1"))).version)["id"] == "c1"
+        assert not len(client.waiting)
+
+
+async def test_one_that_waits_again_is_taken_once_nothing_names_it(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, _ = await asked(ahead, tmp_path, "again")
+    assert await line.serves()
+    assert await line.waits_again()
+    assert line.process.pid not in connected(ahead)
+    line.release()
+    await eventually(lambda: line.process.pid in connected(ahead))
+    next_line, way = await asked(ahead, tmp_path, "c1")
+    assert next_line.process == line.process
+    assert way.path == tmp_path / f"waiting-{line.process.pid}"
+    assert await next_line.serves()
+    assert not await next_line.waits_again()  # it has ended
+
+
+async def test_one_that_was_asked_for_at_once_waits_after_that(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    await asked(ahead, tmp_path, "c1")
+    address = await ahead.start_shim(request(tmp_path, "again"))
+    assert address.line is not None
+    assert not has_waited(address)
+    assert await address.line.waits_again()
+    address.line.release()
+    await eventually(lambda: address.process.pid in connected(ahead))
+
+
+async def test_one_that_still_is_a_shim_is_not_given_back(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, _ = await asked(ahead, tmp_path, "stays")
+    assert await line.serves()
+    line.release()
+    await eventually(lambda: not Path(f"/proc/{line.process.pid}").exists())
+    assert line.process.pid not in connected(ahead)
+    assert not await line.waits_again()
+
+
+async def test_one_that_was_killed_before_it_was_given_back_is_not_taken(
+    ahead: FactoryClient, tmp_path: Path
+) -> None:
+    line, _ = await asked(ahead, tmp_path, "again")
+    assert await line.waits_again()
+    os.kill(line.process.pid, signal.SIGKILL)
+    await eventually(lambda: not Path(f"/proc/{line.process.pid}").exists())
+    line.release()
+    await eventually(lambda: connected(ahead) not in ([], [line.process.pid]))
+    assert line.process.pid not in connected(ahead)
+
+
+async def test_more_than_the_number_wait_for_a_moment_only(
+    ahead: FactoryClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_shims, "_BACK_WITHIN_S", 0.2)
+    lines = []
+    for number in range(3):
+        address = await ahead.start_shim(request(tmp_path, f"again-{number}"))
+        assert address.line is not None
+        assert await address.line.waits_again()
+        lines.append(address.line)
+    for line in lines:
+        line.release()
+    await eventually(lambda: len(ahead.waiting) >= 3)
+    await eventually(lambda: len(ahead.waiting) == 1)
+    await eventually(lambda: sum(Path(f"/proc/{line.process.pid}").exists() for line in lines) <= 1)
+
+
+async def test_lines_of_shims_go_with_their_client(tmp_path: Path) -> None:
+    async with FactoryClient(
+        PROGRAM, socket=tmp_path / "f.sock", registry=tmp_path / "c.sock", waiting=1
+    ) as client:
+        await ready(client, 1)
+        address = await client.start_shim(request(tmp_path, "stays"))
+        pid = address.process.pid
+        assert Path(f"/proc/{pid}").exists()
+    await eventually(lambda: not Path(f"/proc/{pid}").exists())
+    assert address.line is not None
+    address.line.release()  # by a removal that comes too late
 
 
 async def test_those_that_wait_go_with_their_client(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.containerd.tasks.merging import SHIM_COMM, MemoryMerger
+from services.containerd.tasks.merging import MemoryMerger
 from tests.fakes.eventually import eventually
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Kernel:
         for pid in range(2):
             self.process(pid)
 
-    def process(self, pid: int, comm: str = SHIM_COMM, *, mergeable: str = "yes") -> None:
+    def process(self, pid: int, comm: str = "theseus-shim", *, mergeable: str = "yes") -> None:
         directory = self.proc / str(pid)
         directory.mkdir()
         (directory / "comm").write_text(f"{comm}\n")

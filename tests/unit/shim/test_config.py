@@ -5,8 +5,8 @@ import json
 import pytest
 
 from services.common.errors import InvalidArgument, TheseusError
+from services.shim.birth import REQUEST_MAX_BYTES, read_request
 from services.shim.config import ShimConfig
-from services.shim.factory import REQUEST_MAX_BYTES, read_request
 
 REQUEST = {
     "namespace": "n",
