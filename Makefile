@@ -6,6 +6,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fuzz check protos bench wheel clean
 
+# The distribution's interpreter before any other: it is built with profile-guided and link-time
+# optimisation, and a tier starts on it in four fifths of the time.
+PYTHON ?= $(shell /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo /usr/bin/python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -40,10 +44,10 @@ setup: $(READY) ## installs what the project needs: Debian packages, and Python 
 	fi
 
 $(READY): pyproject.toml
-	@test -x $(BIN)/python || python3 -m venv $(VENV) 2>/dev/null || { \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || { \
 		rm -rf $(VENV); test "$$(id -u)" = 0; \
 		apt-get -qq update && apt-get -qq install -y python3-venv >/dev/null; \
-		python3 -m venv $(VENV); }
+		$(PYTHON) -m venv $(VENV); }
 	@echo "installing Python packages into $(VENV)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'pip>=25.1' 2>/dev/null
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[all,otel]' --group dev

@@ -79,7 +79,10 @@ def test_chain_id_of_two_layers_is_that_of_the_specification():
 def test_processes_of_an_engine_are_found_by_its_directory_with_their_children(tmp_path):
     script = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+        "code = 'print(flush=True); input()'  # a program that has just begun has no words yet\n"
+        "pipe = subprocess.PIPE\n"
+        "child = subprocess.Popen([sys.executable, '-c', code], stdin=pipe, stdout=pipe)\n"
+        "child.stdout.readline()\n"
         "print(child.pid, flush=True)\n"
         "input()\n"
         "child.communicate()\n"
