@@ -1,149 +1,228 @@
-"""Prometheus: the gRPC server's metrics, and the endpoint that serves a page.
+"""Counters, gauges and histograms that are a few numbers each, rendered when somebody asks.
 
-Names of the server's metrics are those that Go's gRPC middleware made common, so that existing
-dashboards fit.
+A metrics library would be a tenth of what a start imports, for an HTTP server of its own. There is
+one shim per container, and most are never scraped: it costs each a megabyte for its objects and the
+pages on which its code lies.
+Text format: https://prometheus.io/docs/instrumenting/exposition_formats/ (0.0.4).
 """
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-
-from services.common.errors import InvalidArgument
+import time
+from bisect import bisect_left
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from services.common.server import CallLabels
+Labels = tuple[tuple[str, str], ...]
+"""Names and values of labels."""
 
-_LABELS = ("grpc_type", "grpc_service", "grpc_method")
-_REQUEST_LIMIT_BYTES = 16384
-_REQUEST_TIMEOUT_S = 10.0
+CallLabels = tuple[str, str, str]
+"""Kind of a call (``unary``, ``bidi_stream`` and so on), service, method."""
+
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+"""Of a histogram of seconds, unless it has its own."""
+
+_CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+class Counter:
+    """A number that grows; a gauge, which may also be set, is the same number."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        """Add to it."""
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        """Replace it."""
+        self.value = value
+
+    def samples(self, name: str, labels: Labels) -> Iterator[str]:
+        """Its line of the page."""
+        yield sample(name, labels, self.value)
+
+
+class Histogram:
+    """How many observations lie below each of ``bounds``, which ascend."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float] = BOUNDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, amount: float, /) -> None:
+        """Count one observation."""
+        self.counts[bisect_left(self.bounds, amount)] += 1
+        self.total += amount
+
+    @contextmanager
+    def time(self) -> Iterator[None]:
+        """Observe how many seconds the block takes, whatever comes of it."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(time.perf_counter() - began_s)
+
+    def samples(self, name: str, labels: Labels) -> Iterator[str]:
+        """Lines of the page."""
+        below = 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            below += count
+            edge = "+Inf" if bound == float("inf") else repr(float(bound))
+            yield sample(f"{name}_bucket", (*labels, ("le", edge)), below)
+        yield sample(f"{name}_count", labels, below)
+        yield sample(f"{name}_sum", labels, self.total)
+
+
+Number = TypeVar("Number", Counter, Histogram)
+
+
+class Family(Generic[Number]):
+    """Numbers of one name, one for each combination of values that its labels have had.
+
+    Args:
+        name: as it stands on the page.
+        kind: ``counter``, ``gauge`` or ``histogram``.
+        words: what it is.
+        labels: names of its labels, a fixed few with few values each.
+        make: makes a number.
+    """
+
+    __slots__ = ("_head", "_labels", "_make", "_numbers", "name")
+
+    def __init__(
+        self, name: str, kind: str, words: str, labels: Sequence[str], make: Callable[[], Number]
+    ) -> None:
+        self.name = name
+        self._head = head(name, kind, words)
+        self._labels = labels
+        self._make: Callable[[], Number] = make
+        self._numbers: dict[tuple[str, ...], Number] = {}
+
+    def labels(self, *values: str) -> Number:
+        """The number of these values, in the order of the labels' names."""
+        number = self._numbers.get(values)
+        if number is None:
+            number = self._numbers[values] = self._make()
+        return number
+
+    def lines(self) -> Iterator[str]:
+        """Its part of the page, which another thread than the one that counts may make."""
+        yield self._head
+        for values, number in tuple(self._numbers.items()):
+            yield from number.samples(self.name, tuple(zip(self._labels, values, strict=True)))
+
+
+class Registry:
+    """The families of a page, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._parts: list[Callable[[], Iterable[str]]] = []
+
+    def add(self, lines: Callable[[], Iterable[str]]) -> None:
+        """Have ``lines``, called when the page is made, give a part of it."""
+        self._parts.append(lines)
+
+    def counter(self, name: str, words: str) -> Counter:
+        """A counter without labels; its name ends in ``_total``."""
+        return self._family(name, "counter", words, (), Counter).labels()
+
+    def counters(self, name: str, words: str, labels: Sequence[str]) -> Family[Counter]:
+        """Counters with labels."""
+        return self._family(name, "counter", words, labels, Counter)
+
+    def gauge(self, name: str, words: str) -> Counter:
+        """A gauge without labels."""
+        return self._family(name, "gauge", words, (), Counter).labels()
+
+    def gauges(self, name: str, words: str, labels: Sequence[str]) -> Family[Counter]:
+        """Gauges with labels."""
+        return self._family(name, "gauge", words, labels, Counter)
+
+    def histogram(self, name: str, words: str, bounds: Sequence[float] = BOUNDS) -> Histogram:
+        """A histogram without labels."""
+        return self._family(name, "histogram", words, (), lambda: Histogram(bounds)).labels()
+
+    def histograms(
+        self, name: str, words: str, labels: Sequence[str], bounds: Sequence[float] = BOUNDS
+    ) -> Family[Histogram]:
+        """Histograms with labels."""
+        return self._family(name, "histogram", words, labels, lambda: Histogram(bounds))
+
+    def page(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return "".join(line for lines in self._parts for line in lines()).encode()
+
+    def _family(
+        self, name: str, kind: str, words: str, labels: Sequence[str], make: Callable[[], Number]
+    ) -> Family[Number]:
+        family = Family(name, kind, words, labels, make)
+        self.add(family.lines)
+        return family
 
 
 class ServerMetrics:
-    """Counts and times the calls of a server; see services.common.server.CallMetrics."""
+    """Counts and times the calls of a server; see services.common.server.CallMetrics.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.started = Counter(
-            "grpc_server_started", "Calls started on the server.", _LABELS, registry=registry
-        )
-        self.handled = Counter(
-            "grpc_server_handled",
-            "Calls ended on the server, whatever their outcome.",
-            (*_LABELS, "grpc_code"),
-            registry=registry,
-        )
-        self.handling = Histogram(
-            "grpc_server_handling_seconds",
-            "Time from the start of a call to its end.",
-            _LABELS,
-            registry=registry,
-        )
+    The names are those that Go's gRPC middleware made common, so that existing dashboards fit.
+    """
 
-        # A look into the library's table of labels takes a lock, and longer than what it is for.
-        self._begins: dict[CallLabels, Counter] = {}
-        self._ends: dict[tuple[CallLabels, str], tuple[Counter, Histogram]] = {}
+    def __init__(self, bounds: Sequence[float] = BOUNDS) -> None:
+        self._started: dict[CallLabels, int] = {}
+        self._handled: dict[tuple[CallLabels, str], int] = {}
+        self._handling: dict[CallLabels, Histogram] = {}
+        self._bounds = bounds
 
     def begin(self, labels: CallLabels) -> None:
         """Count the start of a call."""
-        started = self._begins.get(labels)
-        if started is None:
-            started = self._begins[labels] = self.started.labels(*labels)
-        started.inc()
+        self._started[labels] = self._started.get(labels, 0) + 1
 
     def end(self, labels: CallLabels, code: str, took_s: float) -> None:
         """Count the end of a call."""
-        found = self._ends.get((labels, code))
-        if found is None:
-            found = self.handled.labels(*labels, code), self.handling.labels(*labels)
-            self._ends[labels, code] = found
-        handled, handling = found
-        handled.inc()
-        handling.observe(took_s)
+        key = labels, code
+        self._handled[key] = self._handled.get(key, 0) + 1
+        histogram = self._handling.get(labels)
+        if histogram is None:
+            histogram = self._handling[labels] = Histogram(self._bounds)
+        histogram.observe(took_s)
+
+    def lines(self) -> Iterator[str]:
+        """Its part of the page, which another thread than the one that counts may make."""
+        name = "grpc_server_started_total"
+        yield head(name, "counter", "Calls started on the server.")
+        for labels, count in tuple(self._started.items()):
+            yield sample(name, _named(labels), count)
+        name = "grpc_server_handled_total"
+        yield head(name, "counter", "Calls ended on the server, whatever their outcome.")
+        for (labels, code), count in tuple(self._handled.items()):
+            yield sample(name, (*_named(labels), ("grpc_code", code)), count)
+        name = "grpc_server_handling_seconds"
+        yield head(name, "histogram", "Time from the start of a call to its end.")
+        for labels, histogram in tuple(self._handling.items()):
+            yield from histogram.samples(name, _named(labels))
 
 
-class MetricsEndpoint:
-    """Serves ``GET /metrics`` over HTTP/1.1 on a Unix socket or a TCP address.
-
-    Args:
-        address: ``unix:PATH`` or ``HOST:PORT``.
-        render: gives the page in the text exposition format.
-
-    Raises:
-        InvalidArgument: the address has neither form.
-    """
-
-    def __init__(self, address: str, render: Callable[[], Awaitable[bytes]]) -> None:
-        self._path: Path | None = None
-        self._host, self._port = "", 0
-        if address.startswith("unix:"):
-            self._path = Path(address.removeprefix("unix:"))
-        else:
-            host, separator, port = address.rpartition(":")
-            if not separator or not host or not port.isdigit() or int(port) > 65535:
-                raise InvalidArgument(
-                    f"metrics address '{address}' is neither unix:PATH nor HOST:PORT",
-                    field="metrics-address",
-                )
-            self._host, self._port = host.strip("[]"), int(port)
-        self._render = render
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> None:
-        """Listen. A Unix socket that an earlier run left behind is replaced."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            self._server = await asyncio.start_unix_server(self._serve, self._path)
-        else:
-            self._server = await asyncio.start_server(self._serve, self._host, self._port)
-
-    async def stop(self) -> None:
-        """Stop listening; a page under way is finished by its own time limit."""
-        if self._server is not None:
-            self._server.close()
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            # A peer that is slow, cuts the line or sends garbage harms nobody but itself.
-            with suppress(
-                ConnectionError,
-                TimeoutError,
-                asyncio.IncompleteReadError,
-                asyncio.LimitOverrunError,
-            ):
-                async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    writer.write(await self._answer(head))
-                    await writer.drain()
-        finally:
-            writer.close()
-
-    async def _answer(self, head: bytes) -> bytes:
-        words = head.split(b"\r\n", 1)[0].split(b" ")
-        if len(head) > _REQUEST_LIMIT_BYTES or len(words) != 3:
-            return _response("400 Bad Request", b"not an HTTP request\n")
-        if words[0] not in (b"GET", b"HEAD"):
-            return _response("405 Method Not Allowed", b"only GET\n")
-        if words[1].split(b"?")[0] != b"/metrics":
-            return _response("404 Not Found", b"the page is /metrics\n")
-        return _response("200 OK", await self._render())
+def head(name: str, kind: str, words: str) -> str:
+    """The two lines that introduce a family."""
+    return f"# HELP {name} {words}\n# TYPE {name} {kind}\n"
 
 
-def render_registry(registry: CollectorRegistry) -> bytes:
-    """The page of one registry."""
-    return generate_latest(registry)
+def sample(name: str, labels: Labels, value: float) -> str:
+    """One line of the page, its labels by name."""
+    inside = ",".join(f'{key}="{text.translate(_ESCAPES)}"' for key, text in sorted(labels))
+    return f"{name}{{{inside}}} {float(value)!r}\n" if inside else f"{name} {float(value)!r}\n"
 
 
-def _response(status: str, body: bytes) -> bytes:
-    return (
-        f"HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode() + body
+def _named(labels: CallLabels) -> Labels:
+    return tuple(zip(_CALL_LABELS, labels, strict=True))

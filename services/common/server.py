@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
 
     from services.common.late_services import LateServices
+    from services.common.metrics import CallLabels
 
 
 log = structlog.get_logger(__name__)
@@ -73,9 +74,6 @@ SERVER_OPTIONS = (
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 """What a request carries beside its message."""
-
-CallLabels = tuple[str, str, str]
-"""Kind of a call (``unary``, ``bidi_stream`` and so on), service, method."""
 
 
 class CallMetrics(Protocol):

@@ -17,14 +17,14 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from prometheus_client import CollectorRegistry
 
 from services.common.background import Background
 from services.common.database import Database
 from services.common.disk import DiskFloor, DiskReserve
 from services.common.draining import Draining
 from services.common.errors import TheseusError
-from services.common.metrics import MetricsEndpoint, ServerMetrics, render_registry
+from services.common.metrics import Registry, ServerMetrics
+from services.common.metrics_endpoint import MetricsEndpoint
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer
 from services.containerd.check.unclean import run_noted
@@ -109,7 +109,7 @@ class App:
         self._scratch = config.state / "scratch"
         self._stack = AsyncExitStack()
         self._draining = Draining("containerd")
-        self._registry = CollectorRegistry()
+        self._registry = Registry()
         self._metrics = ContainerdMetrics(self._registry)
         self._moves = CgroupMoves()
         self._build_storage()
@@ -222,7 +222,8 @@ class App:
         for snapshotter in self._snapshotters.values():
             await snapshotter.open()
         shims, tasks, factory = await self._start_tasks(stack, epoch)
-        calls = ServerMetrics(self._registry)
+        calls = ServerMetrics()
+        self._registry.add(calls.lines)
         events = ShimEvents(shims, self._exchange)
         await stack.enter_async_context(
             ShimSocket(config.address, shims=shims, events=events, metrics=calls)
@@ -320,7 +321,7 @@ class App:
 
             async def render() -> bytes:
                 await self._metrics.refresh(self._db)
-                page = await asyncio.to_thread(render_registry, self._registry)
+                page = await asyncio.to_thread(self._registry.page)
                 return join_pages(page, await shims.scrape())
 
             endpoint = MetricsEndpoint(config.metrics_address, render)

@@ -9,65 +9,52 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
 from services.containerd.metadata import figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from services.common.database import Database
+    from services.common.metrics import Registry
     from services.containerd.gc.collector import Collection
 
 
 class ContainerdMetrics:
     """Counters and gauges of the node's content."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.epoch = Gauge(
-            "theseus_containerd_epoch",
-            "Number of starts on this root, this one included.",
-            registry=registry,
+    def __init__(self, registry: Registry) -> None:
+        self.epoch = registry.gauge(
+            "theseus_containerd_epoch", "Number of starts on this root, this one included."
         )
-        self.start_damage = Gauge(
+        self.start_damage = registry.gauge(
             "theseus_containerd_start_damage",
             "What the check at the start found missing or changed; 0 after a clean stop.",
-            registry=registry,
         )
-        self.journal_seq = Gauge(
-            "theseus_containerd_journal_seq",
-            "Sequence number of the newest event.",
-            registry=registry,
+        self.journal_seq = registry.gauge(
+            "theseus_containerd_journal_seq", "Sequence number of the newest event."
         )
-        self.content_bytes = Gauge(
-            "theseus_containerd_content_bytes", "Bytes of all blobs.", registry=registry
+        self.content_bytes = registry.gauge(
+            "theseus_containerd_content_bytes", "Bytes of all blobs."
         )
-        self.objects = Gauge(
+        self.objects = registry.gauges(
             "theseus_containerd_objects",
             "What is recorded, in all namespaces, by kind.",
             ("kind",),
-            registry=registry,
         )
-        self.transfers = Histogram(
+        self.transfers = registry.histograms(
             "theseus_containerd_transfer_seconds",
             "Time that a pull, load or push took, by outcome (ok, failed).",
             ("kind", "outcome"),
-            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600),
-            registry=registry,
+            (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600),
         )
-        self.gc_seconds = Histogram(
-            "theseus_containerd_gc_seconds", "Time that a collection took.", registry=registry
+        self.gc_seconds = registry.histogram(
+            "theseus_containerd_gc_seconds", "Time that a collection took."
         )
-        self.gc_removed = Counter(
-            "theseus_containerd_gc_removed",
-            "What collections removed, by kind.",
-            ("kind",),
-            registry=registry,
+        self.gc_removed = registry.counters(
+            "theseus_containerd_gc_removed_total", "What collections removed, by kind.", ("kind",)
         )
-        self.gc_freed_bytes = Counter(
-            "theseus_containerd_gc_freed_bytes",
-            "Bytes of blobs that collections gave back.",
-            registry=registry,
+        self.gc_freed_bytes = registry.counter(
+            "theseus_containerd_gc_freed_bytes_total", "Bytes of blobs that collections gave back."
         )
 
     @contextmanager

@@ -18,7 +18,6 @@ from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING, Self
 
 import structlog
-from prometheus_client import CollectorRegistry
 
 from protos.theseus.engine.v1 import (
     containers_pb2,
@@ -33,7 +32,8 @@ from services.common.database import Database
 from services.common.disk import DiskReserve
 from services.common.draining import Draining
 from services.common.errors import TheseusError
-from services.common.metrics import MetricsEndpoint, ServerMetrics
+from services.common.metrics import Registry, ServerMetrics
+from services.common.metrics_endpoint import MetricsEndpoint
 from services.common.root_lock import RootLock
 from services.common.server import RpcServer, Service
 from services.daemon.clients.connection import Connection
@@ -124,7 +124,7 @@ class App:
         self._sessions = Sessions()
         self._draining = Draining("the daemon")
         self._watch = DirectoryWatch()
-        self._registry = CollectorRegistry()
+        self._registry = Registry()
         self._metrics = DaemonMetrics(self._registry)
         self._host = HostFacts.read()
         self._reserve = DiskReserve(config.root / "reserve", config.disk_reserve_bytes)
@@ -282,11 +282,13 @@ class App:
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         config = self._config
+        calls = ServerMetrics()
+        self._registry.add(calls.lines)
         server = RpcServer(
             tier="daemon",
             socket=config.address,
             services=self._services(),
-            metrics=ServerMetrics(self._registry),
+            metrics=calls,
         )
         await server.start()
         self._caretaker.serving()

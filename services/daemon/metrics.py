@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
-
+from services.common.metrics import head, sample
 from services.daemon.containers.record import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    from services.common.metrics import Registry
     from services.daemon.containers.record import ExitStatus
     from services.daemon.containers.store import ContainerStore
 
@@ -24,59 +24,49 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class DaemonMetrics:
     """Implements :class:`services.daemon.containers.observer.Observer` for Prometheus."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self._actions = Histogram(
+        self._actions = registry.histograms(
             "theseus_daemon_action_seconds",
             "Duration of actions on containers that succeeded.",
             ("action",),
-            buckets=_BUCKETS,
-            registry=registry,
+            _BUCKETS,
         )
-        self._failures = Counter(
-            "theseus_daemon_action_failures",
+        self._failures = registry.counters(
+            "theseus_daemon_action_failures_total",
             "Actions on containers that failed.",
             ("action",),
-            registry=registry,
         )
-        self._starts = Counter(
-            "theseus_daemon_container_starts", "Containers started.", registry=registry
+        self._starts = registry.counter(
+            "theseus_daemon_container_starts_total", "Containers started."
         )
-        self._exits = Counter(
-            "theseus_daemon_container_exits",
+        self._exits = registry.counters(
+            "theseus_daemon_container_exits_total",
             "Runs of containers that ended: zero, nonzero, oom or lost.",
             ("outcome",),
-            registry=registry,
         )
-        self._seq = Gauge(
+        self._seq = registry.gauge(
             "theseus_daemon_journal_seq",
             "Last event of containerd's journal that was dealt with.",
-            registry=registry,
         )
-        self._lag = Gauge(
-            "theseus_daemon_journal_lag_seconds",
-            "Age of the last event when it was dealt with.",
-            registry=registry,
+        self._lag = registry.gauge(
+            "theseus_daemon_journal_lag_seconds", "Age of the last event when it was dealt with."
         )
-        self._connected = Gauge(
-            "theseus_daemon_containerd_connected",
-            "1 while containerd's journal is followed.",
-            registry=registry,
+        self._connected = registry.gauge(
+            "theseus_daemon_containerd_connected", "1 while containerd's journal is followed."
         )
-        self._connections = Counter(
-            "theseus_daemon_containerd_connections",
+        self._connections = registry.counter(
+            "theseus_daemon_containerd_connections_total",
             "How often containerd was found; each but the first is a reconnection.",
-            registry=registry,
         )
-        self._resumed = Counter(
-            "theseus_daemon_attach_resumed",
+        self._resumed = registry.counter(
+            "theseus_daemon_attach_resumed_total",
             "Attached sessions that went on after containerd was away.",
-            registry=registry,
         )
 
     def watch(self, store: ContainerStore) -> None:
         """Count the containers of a store by state whenever the page is made."""
-        self.registry.register(_States(store))
+        self.registry.add(partial(_states, store))
 
     @contextmanager
     def timed(self, action: str) -> Iterator[None]:
@@ -120,20 +110,12 @@ class DaemonMetrics:
 
     async def page(self) -> bytes:
         """All figures in the text exposition format."""
-        return generate_latest(self.registry)
+        return self.registry.page()
 
 
-class _States(Collector):
-    def __init__(self, store: ContainerStore) -> None:
-        self._store = store
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        counts = dict.fromkeys(State, 0)
-        for record in self._store.list_all():
-            counts[record.state] += 1
-        family = GaugeMetricFamily(
-            "theseus_daemon_containers", "Containers by state.", labels=("state",)
-        )
-        for state, count in counts.items():
-            family.add_metric((state.value,), count)
-        yield family
+def _states(store: ContainerStore) -> Iterator[str]:
+    counts = Counter(record.state for record in store.list_all())
+    name = "theseus_daemon_containers"
+    yield head(name, "gauge", "Containers by state.")
+    for state in State:
+        yield sample(name, (("state", state.value),), counts[state])

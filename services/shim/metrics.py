@@ -4,62 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.shim.counters import Counter, Histogram, head, sample
+from services.common.metrics import Counter, Histogram, ServerMetrics, head, sample
 from services.shim.stdio.sink import STDERR, STDOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from services.common.server import CallLabels
-
 _BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
 _CALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STREAMS = (STDOUT, STDERR)
-_CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method")
-
-
-class CallMetrics:
-    """Counts and times the calls of a server; see services.common.server.CallMetrics."""
-
-    def __init__(self) -> None:
-        self._started: dict[CallLabels, int] = {}
-        self._handled: dict[tuple[CallLabels, str], int] = {}
-        self._handling: dict[CallLabels, Histogram] = {}
-
-    def begin(self, labels: CallLabels) -> None:
-        """Count the start of a call."""
-        self._started[labels] = self._started.get(labels, 0) + 1
-
-    def end(self, labels: CallLabels, code: str, took_s: float) -> None:
-        """Count the end of a call."""
-        key = labels, code
-        self._handled[key] = self._handled.get(key, 0) + 1
-        histogram = self._handling.get(labels)
-        if histogram is None:
-            histogram = self._handling[labels] = Histogram(_CALL_BUCKETS)
-        histogram.observe(took_s)
-
-    def lines(self) -> Iterator[str]:
-        """Its part of the page."""
-        name = "grpc_server_started_total"
-        yield head(name, "counter", "Calls started on the server.")
-        for labels, count in self._started.items():
-            yield sample(name, _named(labels), count)
-        name = "grpc_server_handled_total"
-        yield head(name, "counter", "Calls ended on the server, whatever their outcome.")
-        for (labels, code), count in self._handled.items():
-            yield sample(name, (*_named(labels), ("grpc_code", code)), count)
-        name = "grpc_server_handling_seconds"
-        yield head(name, "histogram", "Time from the start of a call to its end.")
-        for labels, histogram in self._handling.items():
-            yield from histogram.samples(name, _named(labels))
 
 
 class ShimMetrics:
     """All metrics of one shim."""
 
     def __init__(self) -> None:
-        self.server = CallMetrics()
+        self.server = ServerMetrics(_CALL_BUCKETS)
         self.create_seconds = Histogram(_BUCKETS)
         self.start_seconds = Histogram(_BUCKETS)
         self.exec_seconds = Histogram(_BUCKETS)
@@ -145,7 +105,3 @@ class ShimMetrics:
                 "Registrations refused because containerd's epoch was an old one.",
             ),
         )
-
-
-def _named(labels: CallLabels) -> tuple[tuple[str, str], ...]:
-    return tuple(zip(_CALL_LABELS, labels, strict=True))

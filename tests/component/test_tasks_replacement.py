@@ -55,9 +55,7 @@ async def upgrade(node: TaskNode, ids: Sequence[str], **options: Any) -> list[Up
 
 
 def count(node: TaskNode, outcome: str) -> float | None:
-    return node.registry.get_sample_value(
-        "theseus_containerd_shims_settled_total", {"outcome": outcome}
-    )
+    return node.sample("theseus_containerd_shims_settled_total", {"outcome": outcome})
 
 
 async def test_dead_shim_is_replaced_and_waits_go_on(node: TaskNode) -> None:

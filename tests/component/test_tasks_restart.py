@@ -98,12 +98,7 @@ async def test_a_restarted_containerd_finds_its_shims_and_what_happened_meanwhil
     await shims[0].acknowledged(3)
     assert (await node.topics()).count("/tasks/exit") == 1
     assert (await delete(node, "c0")).exit_status == 42
-    assert (
-        node.registry.get_sample_value(
-            "theseus_containerd_shims_settled_total", {"outcome": "registered"}
-        )
-        == 5
-    )
+    assert node.sample("theseus_containerd_shims_settled_total", {"outcome": "registered"}) == 5
 
 
 async def test_a_start_can_tell_when_all_shims_are_back(node: TaskNode) -> None:
@@ -317,12 +312,7 @@ async def test_a_shim_that_does_not_register_is_dialled_and_adopted(node: TaskNo
     assert "Connect" in shim.calls
     told: Any = decode_event(await node.until_topic("/shims/adopted"))
     assert (told.id, told.instance_id) == ("c1", shim.instance_id)
-    assert (
-        node.registry.get_sample_value(
-            "theseus_containerd_shims_settled_total", {"outcome": "adopted"}
-        )
-        == 1
-    )
+    assert node.sample("theseus_containerd_shims_settled_total", {"outcome": "adopted"}) == 1
     # It registers later, and its events come then.
     await shim.exit("", 4)
     shim.registering = True

@@ -20,7 +20,7 @@ ROUNDS = 10  # other work on the machine may spoil some
 
 def unanswered(node: TaskNode) -> float:
     name = "theseus_containerd_shim_scrapes_unanswered_total"
-    return node.registry.get_sample_value(name) or 0
+    return node.sample(name) or 0
 
 
 async def test_many_shims_are_one_page_and_a_stuck_one_is_counted(tmp_path: Path) -> None:
@@ -52,9 +52,7 @@ async def test_many_shims_are_one_page_and_a_stuck_one_is_counted(tmp_path: Path
                 break
         else:
             pytest.fail(f"not one of {ROUNDS} rounds had all but the stuck shim within 1 s")
-        known = node.registry.get_sample_value(
-            "theseus_containerd_shims", {"standing": "reachable"}
-        )
+        known = node.sample("theseus_containerd_shims", {"standing": "reachable"})
         assert known == COUNT
     finally:
         await node.close()

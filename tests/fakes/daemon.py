@@ -13,7 +13,6 @@ import itertools
 from dataclasses import dataclass, field
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from prometheus_client import CollectorRegistry
 
 from protos.theseus.engine.v1 import (
     containers_pb2,
@@ -177,7 +176,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
                 Service(function, servicer, module.DESCRIPTOR.services_by_name[name])
                 for function, servicer, module, name in add
             ],
-            metrics=ServerMetrics(CollectorRegistry()),
+            metrics=ServerMetrics(),
             reflection=False,
         )
         await self._server.start()

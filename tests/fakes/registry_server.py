@@ -17,7 +17,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import grpc
-from prometheus_client import CollectorRegistry
 
 from protos.containerd.events import task_pb2
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc
@@ -85,7 +84,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServicer):
             await self.server.start()
             new.rename(self.socket)
             return
-        methods = Methods(ServerMetrics(CollectorRegistry()))
+        methods = Methods(ServerMetrics())
         registry_pb2_grpc.add_RegistryServicer_to_server(self, methods)
         new = self._path.with_name("ttrpc.new")
         self.server = TtrpcServer(Handlers(methods).answer)

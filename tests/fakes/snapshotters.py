@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
-
 from protos.containerd.services.snapshots.v1 import snapshots_pb2, snapshots_pb2_grpc
 from services.common.database import Database
 from services.common.metrics import ServerMetrics
@@ -51,7 +49,7 @@ async def served(snapshotter: Snapshotter, name: str, socket: Path) -> AsyncIter
                 snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"],
             )
         ],
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
         reflection=False,
     )
     await server.start()

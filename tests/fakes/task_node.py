@@ -6,13 +6,13 @@ import secrets
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc, streams_pb2, streams_pb2_grpc
 from services.common.client import connect
 from services.common.draining import Draining
-from services.common.metrics import ServerMetrics
+from services.common.metrics import Registry, ServerMetrics
 from services.common.server import RpcServer, Service
 from services.containerd.clients.foreign_shim import connect_shim
 from services.containerd.clients.shim_events import ShimEventCodec
@@ -38,6 +38,7 @@ from tests.fakes.factory import FakeFactory
 from tests.fakes.metadata import Metadata, open_metadata
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from tests.fakes.shim import FakeShim
@@ -61,17 +62,25 @@ class TaskNode:
         self.shims: ShimManager
         self.tasks: TaskManager
         self.bundles = Bundles(self.state)
-        self.registry: CollectorRegistry
+        self.registry: Registry
         self.metrics: TaskMetrics
         self._stack = AsyncExitStack()
         self._known: set[str] = set()
         self.replacing = False
 
+    def sample(self, name: str, labels: Mapping[str, str] | None = None) -> float | None:
+        """A sample of the page of metrics; None if it is not there."""
+        for family in text_string_to_metric_families(self.registry.page().decode()):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == (labels or {}):
+                    return float(sample.value)
+        return None
+
     async def start(self, *, serve: bool = True) -> None:
         stack = self._stack = AsyncExitStack()
         self.metadata = await stack.enter_async_context(open_metadata(self.root))
         epoch = await self.metadata.db.write(meta.next_epoch)
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.metrics = TaskMetrics(self.registry)
         journal = TaskJournal(self.metadata.db, self.metadata.journal, ShimEventCodec())
         programs = ShimPrograms(address=self.socket, publisher="false", log_level="info")
@@ -125,7 +134,7 @@ class TaskNode:
                     streams_pb2.DESCRIPTOR.services_by_name["Streams"],
                 ),
             ],
-            metrics=ServerMetrics(CollectorRegistry()),
+            metrics=ServerMetrics(),
         )
         await server.start()
         stack.push_async_callback(server.stop, 0)

@@ -9,8 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
-
 from protos.containerd.services.content.v1 import content_pb2, content_pb2_grpc
 from protos.containerd.services.streaming.v1 import streaming_pb2, streaming_pb2_grpc
 from protos.containerd.services.transfer.v1 import transfer_pb2, transfer_pb2_grpc
@@ -174,7 +172,7 @@ class TransferNode:
                     transfer_pb2.DESCRIPTOR.services_by_name["Transfer"],
                 ),
             ],
-            metrics=ServerMetrics(CollectorRegistry()),
+            metrics=ServerMetrics(),
             reflection=False,
             bind=bind_lease,
         )

@@ -12,14 +12,13 @@ from services.common.errors import FailedPrecondition
 
 PROGRAM = """
 import asyncio, os, pathlib, signal, sys
-from prometheus_client import CollectorRegistry
 from services.common.metrics import ServerMetrics
 from services.common.server import RpcServer
 
 async def main():
     socket, notes = map(pathlib.Path, sys.argv[1:])
     server = RpcServer(
-        tier="t", socket=socket, services=[], metrics=ServerMetrics(CollectorRegistry())
+        tier="t", socket=socket, services=[], metrics=ServerMetrics()
     )
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

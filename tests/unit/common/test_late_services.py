@@ -10,7 +10,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
 from services.common.client import connect
@@ -55,7 +54,7 @@ async def serving(directory: Path, maker: Maker) -> AsyncIterator[grpc.aio.Chann
     server = RpcServer(
         tier="test",
         socket=directory / "t.sock",
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
         services=[],
         late=[LateServices([NAME], maker.make)],
     )

@@ -9,7 +9,6 @@ import pytest
 import structlog
 from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, generate_latest
 
 from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
@@ -17,7 +16,8 @@ from services.common import errors
 from services.common.client import connect
 from services.common.late_services import LateServices
 from services.common.log import request_id
-from services.common.metrics import MetricsEndpoint, ServerMetrics
+from services.common.metrics import ServerMetrics
+from services.common.metrics_endpoint import MetricsEndpoint
 from services.common.rpc_errors import code_of, translated
 from services.common.server import RpcServer, Service, request_namespace
 
@@ -66,7 +66,7 @@ def late(*services):
 @pytest.fixture(params=["at once", "late"])
 async def server(tmp_path, request):
     servicer = Namespaces()
-    metrics = ServerMetrics(CollectorRegistry())
+    metrics = ServerMetrics()
     services = [
         Service(
             namespace_pb2_grpc.add_NamespacesServicer_to_server,
@@ -185,7 +185,7 @@ async def test_calls_are_counted_by_code(server):
         stub = namespace_pb2_grpc.NamespacesStub(channel)
         with pytest.raises(errors.NotFound), translated():
             await stub.Get(namespace_pb2.GetNamespaceRequest(), timeout=10)
-    page = generate_latest(metrics.registry).decode()
+    page = "".join(metrics.lines())
     service = 'grpc_service="containerd.services.namespaces.v1.Namespaces",grpc_type="unary"'
     assert f'grpc_server_started_total{{grpc_method="Get",{service}}} 1.0' in page
     assert (
@@ -210,7 +210,7 @@ async def test_a_call_that_nobody_serves_is_unimplemented_and_not_counted(server
         method = channel.unary_unary("/containerd.services.namespaces.v1.Namespaces/Rename")
         with pytest.raises(errors.Unimplemented), translated():
             await method(b"", timeout=10)
-    assert b"Rename" not in generate_latest(metrics.registry)
+    assert "Rename" not in "".join(metrics.lines())
 
 
 async def test_what_a_tier_binds_is_the_handlers_and_no_other_calls(tmp_path):
@@ -230,7 +230,7 @@ async def test_what_a_tier_binds_is_the_handlers_and_no_other_calls(tmp_path):
     rpc = RpcServer(
         tier="test",
         socket=tmp_path / "t.sock",
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
         services=[
             Service(
                 namespace_pb2_grpc.add_NamespacesServicer_to_server,
@@ -275,7 +275,7 @@ async def test_a_successor_takes_the_socket_over_and_keeps_it(tmp_path):
             tier="test",
             socket=socket,
             services=[],
-            metrics=ServerMetrics(CollectorRegistry()),
+            metrics=ServerMetrics(),
             reflection=False,
         )
 
@@ -295,7 +295,7 @@ def test_a_socket_path_that_is_too_long_is_refused_in_words(tmp_path):
             tier="test",
             socket=tmp_path / ("x" * 120),
             services=[],
-            metrics=ServerMetrics(CollectorRegistry()),
+            metrics=ServerMetrics(),
         )
 
 
@@ -348,7 +348,7 @@ async def test_a_stream_ends_when_its_client_is_gone(tmp_path):
     rpc = RpcServer(
         tier="test",
         socket=tmp_path / "t.sock",
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
         services=[
             Service(
                 journal_pb2_grpc.add_JournalServicer_to_server,

@@ -5,7 +5,6 @@ import sys
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry
 
 from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
 from services.common import tracing
@@ -52,7 +51,7 @@ async def stub(tmp_path):
                 namespace_pb2.DESCRIPTOR.services_by_name["Namespaces"],
             )
         ],
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
     )
     await server.start()
     async with connect(tmp_path / "t.sock") as channel:

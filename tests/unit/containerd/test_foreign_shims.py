@@ -14,7 +14,6 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
-from prometheus_client import CollectorRegistry
 
 from protos.containerd.events import task_pb2
 from protos.containerd.runtime.bootstrap.v1 import bootstrap_pb2
@@ -324,7 +323,7 @@ async def test_events_of_shims_come_in_by_ttrpc(tmp_path: Path) -> None:
     path = tmp_path / "c.ttrpc"
     async with open_metadata(tmp_path) as meta:
         events = ShimEvents(shims, Exchange(meta.db, meta.journal, event_field))
-        metrics = ServerMetrics(CollectorRegistry())
+        metrics = ServerMetrics()
 
         def serve() -> ShimSocket:
             return ShimSocket(tmp_path / "c", shims=shims, events=events, metrics=metrics)

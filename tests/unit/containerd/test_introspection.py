@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from services.common.errors import InvalidArgument
-from services.common.metrics import render_registry
+from services.common.metrics import Registry
 from services.containerd import plugins
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.gc.collector import Collection
@@ -61,7 +60,7 @@ async def test_the_epoch_grows_with_every_start(tmp_path: Path) -> None:
 
 
 async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
-    registry = CollectorRegistry()
+    registry = Registry()
     metrics = ContainerdMetrics(registry)
     async with open_metadata(tmp_path) as meta:
         await meta.images.create("a", Image("x", Descriptor("t", "sha256:" + "a" * 64, 1)))
@@ -71,7 +70,7 @@ async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
         pass
     with pytest.raises(ZeroDivisionError), metrics.timed_transfer("pull"):
         raise ZeroDivisionError
-    page = render_registry(registry).decode()
+    page = registry.page().decode()
     for outcome in ("ok", "failed"):
         sample = f'transfer_seconds_count{{kind="pull",outcome="{outcome}"}} 1.0'
         assert f"theseus_containerd_{sample}" in page

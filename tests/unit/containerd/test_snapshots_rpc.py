@@ -9,7 +9,6 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
-from prometheus_client import CollectorRegistry
 
 from protos.containerd.services.diff.v1 import diff_pb2, diff_pb2_grpc
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
@@ -105,7 +104,7 @@ async def client(tmp_path: Path) -> AsyncIterator[Client]:
                 diff_pb2.DESCRIPTOR.services_by_name["Diff"],
             ),
         ],
-        metrics=ServerMetrics(CollectorRegistry()),
+        metrics=ServerMetrics(),
     )
     await server.start()
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
