@@ -57,6 +57,7 @@ from services.daemon.containers.exec_run import ExecRuns
 from services.daemon.containers.exec_store import ExecStore
 from services.daemon.containers.files import ContainerFiles
 from services.daemon.containers.follower import Follower
+from services.daemon.containers.init_processes import InitProcesses
 from services.daemon.containers.locks import OperationLocks
 from services.daemon.containers.logs import Logs
 from services.daemon.containers.manager import ContainerManager
@@ -178,11 +179,13 @@ class App:
 
     def _build(self) -> None:
         config, connection = self._config, self._connection
+        containers = ContainerdContainers(connection)
         self._below = below = Below(
             store=ContainerStore(self._db),
             execs=ExecStore(self._db),
             locks=OperationLocks(),
-            containers=ContainerdContainers(connection),
+            containers=containers,
+            init_processes=InitProcesses(containers),
             snapshots=ContainerdSnapshots(connection, config.snapshotter),
             tasks=ContainerdTasks(connection),
             snapshotter=config.snapshotter,
@@ -224,9 +227,11 @@ class App:
     def _build_verbs(self, cleaner: Cleaner, remover: Remover, reconciler: Reconciler) -> None:
         below = self._below
         logs = Logs(below.store, below.files, self._watch)
+        streams = ContainerdStreams(self._connection)
         self._execs = Execs(
             below,
             host=self._host,
+            streams=streams,
             sessions=self._sessions,
             background=self._background,
             clock_ns=time.time_ns,
@@ -234,12 +239,12 @@ class App:
         self._attacher = Attacher(
             store=below.store,
             execs=below.execs,
-            streams=ContainerdStreams(self._connection),
+            streams=streams,
             logs=logs,
             sessions=self._sessions,
             observer=self._metrics,
         )
-        self._exec_runs = ExecRuns(self._execs, self._attacher)
+        self._exec_runs = ExecRuns(self._execs, self._attacher, self._background)
         self._manager = ContainerManager(
             below,
             creator=Creator(

@@ -287,7 +287,7 @@ class Shim:
                 ),
                 Service(
                     streams_pb2_grpc.add_StreamsServicer_to_server,
-                    StreamsService(self._tasks),
+                    StreamsService(self._tasks, self._gate),
                     streams_pb2.DESCRIPTOR.services_by_name["Streams"],
                 ),
                 Service(

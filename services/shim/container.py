@@ -148,20 +148,7 @@ class Container:
         """
         async with process.lock:
             process.check(Action.START)
-            began = time.monotonic()
-            if process is self.init:
-                if self._image is not None:
-                    await self._restore(self._image)
-                else:
-                    await self.runtime.start()
-                    self._started(process, events.TASK_START, {"container_id": self.id})
-                self._around.metrics.start_seconds.observe(time.monotonic() - began)
-            else:
-                try:
-                    await self._start_exec(process)
-                finally:
-                    process.attempted()
-                self._around.metrics.exec_seconds.observe(time.monotonic() - began)
+            await self._start(process)
 
     def add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> None:
         """Add a process that ``start`` will run.
@@ -175,18 +162,36 @@ class Container:
             AlreadyExists: the id is taken.
             FailedPrecondition: the container is paused or has ended.
         """
-        if not exec_id or "/" in exec_id or exec_id in (".", "..") or len(exec_id) > 128:
-            raise InvalidArgument(f"exec id '{exec_id}' is not usable", field="exec_id")
         if exec_id in self.execs:
             raise AlreadyExists(
                 f"container '{self.id}' has a process '{exec_id}' already",
                 resource=("exec", exec_id),
             )
-        self.init.check(Action.EXEC)
-        self.execs[exec_id] = Process(self.id, exec_id, stdio, release=self._around.keeping.release)
-        self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
+        self._add_exec(exec_id, spec, stdio)
         self._changed()
         self._emit(events.TASK_EXEC_ADDED, {"container_id": self.id, "exec_id": exec_id})
+
+    async def run_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> Process:
+        """Add a process and start it, as ``add_exec`` and ``start``.
+
+        What a call before this one has done is not done again. One that cannot be started is
+        deleted. Both are told, and written to the state, once it runs: a shim that dies before
+        that leaves nothing of it, as one that dies over a start.
+        """
+        process = self.execs.get(exec_id)
+        is_new = process is None
+        if process is None:
+            process = self._add_exec(exec_id, spec, stdio)
+        async with process.lock:
+            if process.status is Status.CREATED:
+                try:
+                    await self._start(process, tell_added=is_new)
+                except BaseException:
+                    if process.status is Status.CREATED:
+                        process.deleted()
+                        self._drop_exec(process)
+                    raise
+        return process
 
     async def kill(self, process: Process, signum: int, *, all_processes: bool) -> None:
         """Signal a process, or everything in the container.
@@ -287,9 +292,7 @@ class Container:
                 process.io = None
             process.deleted()
         if process is not self.init:
-            self.execs.pop(process.exec_id, None)
-            self._specs.pop(process.exec_id, None)
-            self._changed()
+            self._drop_exec(process)
             return
         for other in self.execs.values():
             if other.io is not None:
@@ -452,7 +455,37 @@ class Container:
             "pid": pid,
         }
 
-    async def _start_exec(self, process: Process) -> None:
+    async def _start(self, process: Process, *, tell_added: bool = False) -> None:
+        began = time.monotonic()
+        if process is self.init:
+            if self._image is not None:
+                await self._restore(self._image)
+            else:
+                await self.runtime.start()
+                self._started(process, events.TASK_START, {"container_id": self.id})
+            self._around.metrics.start_seconds.observe(time.monotonic() - began)
+        else:
+            try:
+                await self._start_exec(process, tell_added=tell_added)
+            finally:
+                process.attempted()
+            self._around.metrics.exec_seconds.observe(time.monotonic() - began)
+
+    def _add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> Process:
+        if not exec_id or "/" in exec_id or exec_id in (".", "..") or len(exec_id) > 128:
+            raise InvalidArgument(f"exec id '{exec_id}' is not usable", field="exec_id")
+        self.init.check(Action.EXEC)
+        process = Process(self.id, exec_id, stdio, release=self._around.keeping.release)
+        self.execs[exec_id] = process
+        self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
+        return process
+
+    def _drop_exec(self, process: Process) -> None:
+        self.execs.pop(process.exec_id, None)
+        self._specs.pop(process.exec_id, None)
+        self._changed()
+
+    async def _start_exec(self, process: Process, *, tell_added: bool) -> None:
         if self.exits.init_is_gone:
             raise FailedPrecondition(f"container '{self.id}' does not run: its init has ended")
         self.init.check(Action.EXEC)
@@ -467,11 +500,13 @@ class Container:
                 process.created(pid)
                 process.io.start(master)
                 self._hold(process)
-                self._started(
-                    process,
-                    events.TASK_EXEC_STARTED,
-                    {"container_id": self.id, "exec_id": process.exec_id},
-                )
+                fields: dict[str, object] = {
+                    "container_id": self.id,
+                    "exec_id": process.exec_id,
+                }
+                if tell_added:
+                    self._emit(events.TASK_EXEC_ADDED, fields)
+                self._started(process, events.TASK_EXEC_STARTED, fields)
                 self._around.reaper.watch(pid, self.exits.watcher(process), window)
             undo.pop_all()
 

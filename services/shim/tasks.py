@@ -175,6 +175,12 @@ class Tasks:
         """See :meth:`Container.start`."""
         await self.to_the_end(container.start(process))
 
+    async def run_exec(
+        self, container: Container, exec_id: str, spec: Mapping[str, Any], stdio: Stdio
+    ) -> Process:
+        """See :meth:`Container.run_exec`."""
+        return await self.to_the_end(container.run_exec(exec_id, spec, stdio))
+
     async def pause(self, container: Container) -> None:
         """See :meth:`Container.pause`."""
         await self.to_the_end(container.pause())

@@ -446,6 +446,47 @@ async def test_an_attach_that_is_cancelled_is_cancelled_at_the_shim(
         await shim.detached.wait()
 
 
+async def begin_exec(client: TaskClient, exec_id: str = "e") -> Any:
+    """An attach that is to start an exec."""
+    call = client.streams.Attach(timeout=10)
+    start = streams_pb2.AttachStart(
+        container_id="c1", exec_id=exec_id, output=True, process=streams_pb2.NewProcess(spec=b"{}")
+    )
+    await call.write(streams_pb2.AttachRequest(start=start))
+    return call
+
+
+async def test_an_attach_that_starts_an_exec_is_made_again_if_the_shim_was_away(
+    node: TaskNode, client: TaskClient
+) -> None:
+    shim = await node.running("c1")
+    shim.faults["AttachStart"] = grpc.StatusCode.UNAVAILABLE
+    call = await begin_exec(client)
+    async with asyncio.timeout(20):
+        await shim.called("AttachStart")
+    del shim.faults["AttachStart"]
+    assert (await call.read()).HasField("started")
+    await call.write(streams_pb2.AttachRequest(input=streams_pb2.Input(data=b"in")))
+    assert (await call.read()).output.data == b"in"
+    call.cancel()
+
+
+async def test_why_an_exec_was_not_started_by_its_attach_is_passed_on(
+    node: TaskNode, client: TaskClient
+) -> None:
+    shim = await node.running("c1")
+    shim.faults["AttachStart"] = grpc.StatusCode.FAILED_PRECONDITION
+    code, sentence = await failure((await begin_exec(client)).read())
+    assert (code, sentence) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "AttachStart fails on demand",
+    )
+    code, _ = await failure((await begin_exec(client, "a/b")).read())
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    async with asyncio.timeout(20):
+        await shim.detached.wait()
+
+
 async def test_an_attach_to_nothing_is_refused(node: TaskNode, client: TaskClient) -> None:
     async def requests(message: streams_pb2.AttachRequest) -> AsyncIterator[Any]:
         yield message

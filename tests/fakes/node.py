@@ -6,6 +6,9 @@ are a restart. Processes are objects that tests end at will. Faults on demand:
     node.fail("Tasks.Start", code, message, reason="")   the next call fails
     node.lose("Tasks.Start")      the next call works, its answer is lost
     node.block("Tasks.Start")     calls wait until the event returned is set
+
+An attach that starts a process counts as "Streams.Run". With `node.older` set there is none: such
+an attach finds no exec, as in a shim of an older version.
 """
 
 from __future__ import annotations
@@ -190,6 +193,7 @@ class FakeNode:
         self._faults = {}
         self._lost = {}
         self.no_streams = ""
+        self.older = False
         self._blocked = {}
         self._server = None
         self.gate = None
@@ -315,6 +319,16 @@ async def _abort(context, code, message, reason=""):
 
 async def _not_found(context, what):
     await context.abort(grpc.StatusCode.NOT_FOUND, f"{what} not found")
+
+
+async def _no_exec(context, exec_id):
+    words = f"there is no process {exec_id}"
+    status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0], message=words)
+    status.details.add().Pack(
+        error_details_pb2.ResourceInfo(resource_type="exec", resource_name=exec_id)
+    )
+    trailers = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(grpc.StatusCode.NOT_FOUND, words, trailers)
 
 
 class _Version(version_pb2_grpc.VersionServicer):
@@ -554,29 +568,72 @@ class _Streams(streams_pb2_grpc.StreamsServicer):
     async def Attach(self, requests, context):
         first = await anext(requests)
         start = first.start
+        if start.HasField("process"):
+            await self._run(start, context)
         if self._node.no_streams:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._node.no_streams)
         if (gate := self._node.gate) is not None:
             gate.waiting += 1
             await gate.open.wait()
         task = self._node.world.tasks.get(start.container_id)
-        if task is None or start.exec_id not in task:
-            await _not_found(context, f"process {start.exec_id} of {start.container_id}")
+        if task is None:
+            await _not_found(context, f"task {start.container_id}")
+        if start.exec_id not in task:
+            await _no_exec(context, start.exec_id)
         process = task[start.exec_id]
         whole = b"".join(data for _, data in process.output)
         offset = len(whole) if start.from_end else start.offset
         yield streams_pb2.AttachResponse(
             started=streams_pb2.Started(
-                input_offset=len(process.input), terminal=process.tty, offset=offset
+                input_offset=len(process.input),
+                terminal=process.tty,
+                offset=offset,
+                pid=0 if self._node.older else process.pid,
             )
         )
         reading = asyncio.create_task(self._take(requests, process))
         try:
+            if not start.output:
+                await reading
+                return
             async for response in self._output(process, offset):
+                if response.HasField("finished") and start.exit and not self._node.older:
+                    while process.status != task_pb2.STOPPED:
+                        await process.changed.wait()
+                    response.finished.exit.status = process.exit_code
+                    response.finished.exit.exited_at.FromNanoseconds(process.exited_at_ns)
+                    yield response
+                    if await reading:
+                        del task[start.exec_id]
+                    return
                 yield response
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+
+    async def _run(self, start, context):
+        node = self._node
+        if node.older:
+            if start.exec_id not in node.world.tasks[start.container_id]:
+                await _no_exec(context, start.exec_id)
+            return
+        await node.enter("Streams.Run")
+        if (fault := node.take_fault("Streams.Run")) is not None:
+            await _abort(context, *fault)
+        task = node.world.tasks[start.container_id]
+        if start.exec_id not in task:
+            wanted = start.process
+            task[start.exec_id] = Process(
+                next(node.world.pids),
+                tty=wanted.terminal,
+                status=task_pb2.RUNNING,
+                spec=json.loads(wanted.spec),
+                stdio=(wanted.stdin, wanted.stdout, wanted.stderr),
+            )
+        if (loss := node.take_loss("Streams.Run")) is not None:
+            code, meanwhile = loss
+            meanwhile(start)
+            await context.abort(code, "the answer was lost")
 
     async def _output(self, process, offset):
         while True:
@@ -604,6 +661,9 @@ class _Streams(streams_pb2_grpc.StreamsServicer):
                 process.input += request.input.data[taken - request.input.offset :]
             elif kind == "close_input":
                 process.input_closed = True
+            elif kind == "forget":
+                self._node.calls.append("Streams.Forget")
+                return True
             else:
                 process.sizes.append((request.resize.width, request.resize.height))
             process.wake()

@@ -595,6 +595,7 @@ class FakeShim(
             self.attached.append(request)
             kind = request.WhichOneof("message")
             if kind == "start":
+                await self._enter("AttachStart", context)
                 yield streams_pb2.AttachResponse(started=streams_pb2.Started())
             elif kind == "input":
                 yield streams_pb2.AttachResponse(

@@ -174,6 +174,20 @@ class RunningShim:
             id=self.id, exec_id=exec_id, spec=any_pb2.Any(value=value), **streams
         )
 
+    def run(self, exec_id, arguments, **more):
+        """An attach call that starts an exec process, and tells how it ended."""
+        request = self.exec_request(exec_id, arguments, **{"stdout": "theseus-stream:", **more})
+        process = streams_pb2.NewProcess(
+            spec=request.spec.value,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+            terminal=request.terminal,
+        )
+        return self.attach(
+            exec_id=exec_id, output=True, input=bool(more.get("stdin")), exit=True, process=process
+        )
+
     async def exec(self, exec_id, arguments, **more):
         """Add and start an exec process."""
         await self.call("Exec", self.exec_request(exec_id, arguments, **more))
@@ -371,6 +385,19 @@ class Attachment:
         """Send a size."""
         request = streams_pb2.AttachRequest(resize=streams_pb2.Resize(width=width, height=height))
         await self._call.write(request)
+
+    async def forget(self):
+        """Have the process deleted."""
+        await self._call.write(streams_pb2.AttachRequest(forget=streams_pb2.Forget()))
+
+    async def rest(self):
+        """Everything up to the end, and what is said there."""
+        data = b""
+        async for response in self:
+            if response.HasField("finished"):
+                return data, response.finished
+            data += response.output.data
+        raise AssertionError("the end was not told")
 
     async def read_until(self, text: bytes) -> bytes:
         """Output up to and with ``text``."""

@@ -1,7 +1,9 @@
 """``theseus.shim.v1.Streams`` at containerd: passed through to the shim of the container.
 
 Only the first message is read, to know which shim; everything else goes through as bytes, in both
-directions, at the pace of the slower side. A call that is cancelled is cancelled at the shim.
+directions, at the pace of the slower side. A call that is cancelled is cancelled at the shim. One
+that starts a process is made again if the shim goes away before it has answered, as calls of the
+task API are.
 """
 
 from __future__ import annotations
@@ -39,13 +41,22 @@ class StreamsService:
         self, request_iterator: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[bytes]:
         """See the contract. Messages are serialized ones."""
-        first = await anext(request_iterator, None)
-        attachment = await self._tasks.attach(request_namespace(context), _container(first))
+        first = await anext(request_iterator, None) or b""
+        start = _start(first)
+        namespace = request_namespace(context)
+        answer: bytes | None = None
+        if start.HasField("process"):
+            attachment, answer = await self._tasks.run_exec(
+                namespace, start.container_id, start.exec_id, first
+            )
+        else:
+            attachment = await self._tasks.attach(namespace, start.container_id, first)
         # Not a finally: a call that is cancelled during a write leaves this generator hanging.
         context.add_done_callback(lambda _: attachment.close())  # type: ignore[arg-type]  # its stub
         async with self._draining.endless(), Background() as background:
-            await attachment.send(first or b"")
             background.start(_pass_on(request_iterator, attachment), name="requests of an attach")
+            if answer is not None:
+                yield answer
             while (response := await attachment.receive()) is not None:
                 yield response
 
@@ -58,9 +69,9 @@ def add_streams_to_server(servicer: StreamsService, server: Any) -> None:
     server.add_registered_method_handlers(SERVICE, {"Attach": handler})
 
 
-def _container(first: bytes | None) -> str:
+def _start(first: bytes) -> pb.AttachStart:
     try:
-        request = pb.AttachRequest.FromString(first or b"")
+        request = pb.AttachRequest.FromString(first)
     except DecodeError as error:
         raise InvalidArgument("the first message of an attach does not parse") from error
     if not request.start.container_id:
@@ -68,7 +79,7 @@ def _container(first: bytes | None) -> str:
             "the first message of an attach must be a start with a container id",
             field="start.container_id",
         )
-    return request.start.container_id
+    return request.start
 
 
 async def _pass_on(requests: AsyncIterator[bytes], attachment: MessageStream) -> None:

@@ -301,10 +301,30 @@ class TaskManager:
             await known.change(timeout_s=pause_s)
             pause_s = min(pause_s * 2, _WAIT_AGAIN_MAX_S)
 
-    async def attach(self, namespace: str, container_id: str) -> MessageStream:
-        """Begin a ``Streams.Attach`` of a task's shim, its messages unparsed."""
-        shim = await self._shims.get(namespace, container_id).ready()
-        return await shim.attach()
+    async def attach(self, namespace: str, container_id: str, first: bytes) -> MessageStream:
+        """Begin a ``Streams.Attach`` of a task's shim with its first message, serialized."""
+        return await _attached(await self._shims.get(namespace, container_id).ready(), first)
+
+    async def run_exec(
+        self, namespace: str, container_id: str, exec_id: str, first: bytes
+    ) -> tuple[MessageStream, bytes | None]:
+        """As :meth:`attach`, where ``first`` adds a process and starts it.
+
+        Returns:
+            The stream, and the shim's first message: the process runs.
+        """
+        checked_identifier(exec_id, what="exec id", field="exec_id")
+        self._moving()
+
+        async def run(shim: Shim) -> tuple[MessageStream, bytes | None]:
+            stream = await _attached(shim, first)
+            try:
+                return stream, await stream.receive()
+            except BaseException:
+                stream.close()
+                raise
+
+        return await self._ask(namespace, container_id, run)
 
     async def _make(self, launcher: ShimLauncher, known: KnownShim, new: CreateTask) -> int:
         """Have a shim, and the container by it; it may be asked for both before it has answered."""
@@ -427,6 +447,16 @@ def _create_request(known: KnownShim, container: Container, request: TaskRequest
         checkpoint=request.checkpoint,
         options=options,
     )
+
+
+async def _attached(shim: Shim, first: bytes) -> MessageStream:
+    stream = await shim.attach()
+    try:
+        await stream.send(first)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
 
 
 def _recorded_states(shims: Sequence[KnownShim]) -> dict[str, ProcessState]:

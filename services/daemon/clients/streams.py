@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,15 @@ import grpc
 from protos.theseus.shim.v1 import streams_pb2 as pb
 from protos.theseus.shim.v1 import streams_pb2_grpc
 from services.common.errors import Unavailable
-from services.daemon.clients.connection import end_call
+from services.daemon.clients.connection import TIMEOUT_S, end_call
 from services.daemon.containers.runtime import (
     CloseInput,
     Finished,
+    Forgotten,
     Gap,
     Input,
     Output,
+    ProcessEnd,
     Started,
     StreamKind,
 )
@@ -49,11 +52,16 @@ class ContainerdStreams:
             call = self._stub.Attach()
             sending = asyncio.create_task(_send(call, target, inputs), name="attach-requests")
             try:
+                # A read that is cancelled before that cancels the call's beginning, and then gRPC
+                # has no end for it.
+                await call.wait_for_connection()
                 while (answer := await call.read()) is not grpc.aio.EOF:
                     if isinstance(answer, pb.AttachResponse):
                         output = _output(answer)
                         yield output
                         if isinstance(output, Finished):
+                            if output.end is not None and await _forget(call, sending):
+                                yield Forgotten()
                             return
                     if sending.done():
                         sending.result()
@@ -69,21 +77,41 @@ async def _send(
 ) -> None:
     # What is wrong with the call is told by the side that reads.
     with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        await call.write(
-            pb.AttachRequest(
-                start=pb.AttachStart(
-                    container_id=target.container_id,
-                    exec_id=target.exec_id,
-                    offset=target.offset,
-                    from_end=target.from_end,
-                    output=target.output,
-                    input=target.input,
-                )
-            )
-        )
+        await call.write(pb.AttachRequest(start=_start(target)))
         async with aclosing(inputs) as pieces:
             async for piece in pieces:
                 await call.write(_request(piece))
+
+
+async def _forget(call: Call, sending: asyncio.Task[None]) -> bool:
+    """Have a process deleted that has ended; False where it is not known whether it was."""
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await call.write(pb.AttachRequest(forget=pb.Forget()))
+            while await call.read() is not grpc.aio.EOF:
+                continue
+            return await call.code() is grpc.StatusCode.OK
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        return False
+
+
+def _start(target: AttachTarget) -> pb.AttachStart:
+    start = pb.AttachStart(
+        container_id=target.container_id,
+        exec_id=target.exec_id,
+        offset=target.offset,
+        from_end=target.from_end,
+        output=target.output,
+        input=target.input,
+        exit=target.exit,
+    )
+    if (new := target.new) is not None:
+        start.process.spec = json.dumps(new.process).encode()
+        start.process.stdin, start.process.stdout = new.stdio.stdin, new.stdio.stdout
+        start.process.stderr, start.process.terminal = new.stdio.stderr, new.stdio.terminal
+    return start
 
 
 def _request(piece: AttachInput) -> pb.AttachRequest:
@@ -100,11 +128,15 @@ def _output(answer: pb.AttachResponse) -> AttachOutput:
     match answer.WhichOneof("message"):
         case "started":
             started = answer.started
-            return Started(started.input_offset, started.terminal, started.offset)
+            return Started(started.input_offset, started.terminal, started.offset, started.pid)
         case "output":
             kind = _KINDS.get(answer.output.stream, StreamKind.STDOUT)
             return Output(answer.output.offset, kind, answer.output.data)
         case "gap":
             return Gap(getattr(answer.gap, "from"), answer.gap.to)
         case _:
-            return Finished(answer.finished.offset)
+            finished, end = answer.finished, None
+            if finished.HasField("exit"):
+                exited_at_ns = finished.exit.exited_at.ToNanoseconds()
+                end = ProcessEnd(finished.exit.status, exited_at_ns)
+            return Finished(finished.offset, end)

@@ -9,6 +9,7 @@ shim has gone, the rest of the output comes from the log.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from services.daemon.containers.logs import Logs
     from services.daemon.containers.observer import Observer
     from services.daemon.containers.record import ContainerRecord, ExecRecord
-    from services.daemon.containers.runtime import Streams
+    from services.daemon.containers.runtime import NewProcess, Streams
     from services.daemon.containers.sessions import Opening, Sessions
     from services.daemon.containers.store import ContainerStore
 
@@ -122,7 +123,10 @@ class Attacher:
     async def exec(
         self, target: AttachTarget, inputs: AsyncIterator[AttachInput]
     ) -> AsyncGenerator[AttachOutput, None]:
-        """Couple with an exec session's process. Arguments and errors as :meth:`container`."""
+        """Couple with an exec session's process. Arguments and errors as :meth:`container`.
+
+        The stream to the shim is the one by which the process is started, if that comes later.
+        """
         record = self._execs.require(target.exec_id)
         if record.config.detach:
             raise FailedPrecondition("a detached exec session cannot be attached to")
@@ -131,7 +135,7 @@ class Attacher:
         relay = _Relay(self._streams, _aimed(target, record.container_id), inputs, self._observer)
         with (
             self._sessions.attached(record.container_id, record.id),
-            self._sessions.expecting(record.id) as opening,
+            self._sessions.expecting(record.id, relay.begin) as opening,
         ):
             async with relay:
                 early = record.state is ExecState.CREATED
@@ -200,14 +204,36 @@ class _Relay:
         self._streams = streams
         self._observer = observer
         self._feed = InputFeed(inputs)
+        self._begun: _Coupling | None = None
+        self._over = False
 
     async def __aenter__(self) -> _Relay:
         self._reading = asyncio.create_task(self._feed.take_in(), name="attach-input")
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._over = True
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
+        if self._begun is not None:
+            await self._begun.close()
+
+    async def begin(self, new: NewProcess) -> int:
+        """Start a process over this session's stream, which ``run`` goes on with; returns its pid.
+
+        Raises:
+            TheseusError: as :meth:`Streams.attach`.
+        """
+        coupling, kept = self._couple(new), False
+        try:
+            pid = await coupling.begin()
+            kept = not self._over and self._begun is None  # else nobody goes on with it
+            if kept:
+                self._begun = coupling
+            return pid
+        finally:
+            if not kept:
+                await coupling.close()
 
     def announce(self, started: Started) -> Started:
         """Note that the client is told; output goes on where ``started`` says."""
@@ -236,23 +262,22 @@ class _Relay:
         loop = asyncio.get_running_loop()
         pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
         while True:
-            position: asyncio.Future[int] = loop.create_future()
+            coupling, self._begun = self._begun or self._couple(), None
             try:
-                stream = self._streams.attach(self._next_target(), self._feed.give_out(position))
-                async with aclosing(stream) as outputs:
-                    async for output in outputs:
-                        self._check_input()
-                        if broken_at_s:
-                            log.info("attach resumed", offset=self.offset)
-                            self._observer.attach_resumed()
-                        pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
-                        if isinstance(output, Started):
-                            position.set_result(output.input_offset)
-                            self.coupled.set()
-                        if (passed_on := self._note(output)) is not None:
-                            yield passed_on
-                        if isinstance(output, Finished):
-                            return
+                while (output := await coupling.next()) is not None:
+                    self._check_input()
+                    if broken_at_s:
+                        log.info("attach resumed", offset=self.offset)
+                        self._observer.attach_resumed()
+                    pause_s, broken_at_s = _FIRST_PAUSE_S, 0.0
+                    if isinstance(output, Started):
+                        self.coupled.set()
+                    if (passed_on := self._note(output)) is not None:
+                        yield passed_on
+                    if isinstance(output, Finished) and output.end is None:
+                        return
+                if coupling.finished:
+                    return
                 raise Unavailable("the attached stream ended early")
             except Unavailable:
                 broken_at_s = broken_at_s or loop.time()
@@ -261,16 +286,14 @@ class _Relay:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
             finally:
-                position.cancel()
+                await coupling.close()
 
-    def _next_target(self) -> AttachTarget:
-        return AttachTarget(
-            container_id=self.target.container_id,
-            exec_id=self.target.exec_id,
-            offset=self.offset,
-            from_end=self._from_end,
-            output=self.target.output,
-            input=self.target.input,
+    def _couple(self, new: NewProcess | None = None) -> _Coupling:
+        return _Coupling(self._streams, self._next_target(new), self._feed)
+
+    def _next_target(self, new: NewProcess | None) -> AttachTarget:
+        return dataclasses.replace(
+            self.target, offset=self.offset, from_end=self._from_end, new=new
         )
 
     def _note(self, output: AttachOutput) -> AttachOutput | None:
@@ -292,14 +315,44 @@ class _Relay:
             self._reading.result()
 
 
+class _Coupling:
+    """One stream to the shim."""
+
+    def __init__(self, streams: Streams, target: AttachTarget, feed: InputFeed) -> None:
+        self._position: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._stream = streams.attach(target, feed.give_out(self._position))
+        self._begun: AttachOutput | None = None
+        self.finished = False
+
+    async def begin(self) -> int:
+        """Wait until a process that was to be started runs; returns its pid."""
+        first = await anext(self._stream)
+        assert isinstance(first, Started)
+        self._begun = first
+        return first.pid
+
+    async def next(self) -> AttachOutput | None:
+        """What comes next, from the first on; None at the end."""
+        output: AttachOutput | None
+        if self._begun is not None:
+            output, self._begun = self._begun, None
+        else:
+            try:
+                output = await anext(self._stream)
+            except StopAsyncIteration:
+                return None
+        if isinstance(output, Started):
+            self._position.set_result(output.input_offset)
+        self.finished = self.finished or isinstance(output, Finished)
+        return output
+
+    async def close(self) -> None:
+        """Give it up. Idempotent."""
+        await self._stream.aclose()
+        self._position.cancel()
+
+
 def _aimed(target: AttachTarget, container_id: str) -> AttachTarget:
     if not target.output and not target.input:
         raise InvalidArgument("neither output nor input is wanted: set one of them")
-    return AttachTarget(
-        container_id=container_id,
-        exec_id=target.exec_id,
-        offset=target.offset,
-        from_end=target.from_end,
-        output=target.output,
-        input=target.input,
-    )
+    return dataclasses.replace(target, container_id=container_id)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from services.daemon.containers.exec_store import ExecStore
     from services.daemon.containers.files import ContainerFiles
+    from services.daemon.containers.init_processes import InitProcesses
     from services.daemon.containers.locks import OperationLocks
     from services.daemon.containers.observer import Observer
     from services.daemon.containers.runtime import RuntimeContainers, Snapshots, Tasks
@@ -32,6 +33,7 @@ class Below:
         execs: those of further processes.
         locks: one operation at a time on one container.
         containers, snapshots, tasks: containerd's.
+        init_processes: what containers were started as.
         snapshotter: name of the snapshotter that ``snapshots`` uses.
         network: the default bridge.
         netns_directory: where network namespaces are mounted.
@@ -43,6 +45,7 @@ class Below:
     execs: ExecStore
     locks: OperationLocks
     containers: RuntimeContainers
+    init_processes: InitProcesses
     snapshots: Snapshots
     tasks: Tasks
     snapshotter: str

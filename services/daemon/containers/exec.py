@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,6 +16,7 @@ from services.common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
+    NotFound,
     TheseusError,
     Unavailable,
 )
@@ -29,17 +31,18 @@ from services.daemon.containers.record import (
     State,
 )
 from services.daemon.containers.rootfs import root_layers
-from services.daemon.containers.runtime import Stdio
+from services.daemon.containers.runtime import AttachTarget, NewProcess, Started, Stdio
 from services.daemon.containers.start import COMMAND_CODES, STREAM_URI
 from services.daemon.spec.limits import validate_env, validate_working_dir
 from services.daemon.spec.process import ExecRequest, exec_process
 from services.daemon.spec.users import resolve_user
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from services.common.background import Background
     from services.daemon.containers.below import Below
+    from services.daemon.containers.runtime import AttachInput, Streams
     from services.daemon.containers.sessions import Sessions
     from services.daemon.spec.host import HostFacts
     from services.daemon.spec.request import ResolvedUser
@@ -47,9 +50,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _CANNOT_RUN = 126
+_START_LIMIT_S = 60.0
 _FORGET_AFTER_S = 30.0
 _ATTACHED_LIMIT_S = 3600.0
-_PROCESSES_MAX = 32
 _PASSING = (Unavailable, DeadlineExceeded)
 
 
@@ -59,6 +62,7 @@ class Execs:
     Args:
         below: what containers are made of.
         host: facts of this machine.
+        streams: containerd's, by which processes are started.
         sessions: attached clients, who read the output before the process is forgotten.
         background: owns what is done after the end of a session.
         clock_ns: the time.
@@ -69,17 +73,19 @@ class Execs:
         below: Below,
         *,
         host: HostFacts,
+        streams: Streams,
         sessions: Sessions,
         background: Background,
         clock_ns: Callable[[], int],
     ) -> None:
         self._below = below
         self._host = host
+        self._streams = streams
         self._sessions = sessions
         self._background = background
         self._clock_ns = clock_ns
         self._attached: set[str] = set()
-        self._processes: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
+        self._by_steps: set[str] = set()
 
     async def create(self, reference: str, config: ExecConfig) -> ExecId:
         """Prepare a process in a running container.
@@ -147,10 +153,19 @@ class Execs:
         """Note that a client attaches: its output then goes when it has been read."""
         self._attached.add(exec_id)
 
+    def read_to_the_end(self, exec_id: ExecId) -> bool:
+        """Whether nobody else reads the output, once a session has all of it."""
+        return self._sessions.count(exec_id) == 1
+
+    def deleted(self, exec_id: ExecId) -> None:
+        """Note that a session had a process deleted, all of which it had received."""
+        self._below.execs.note_deleted(exec_id)
+
     def ended(self, record: ExecRecord) -> None:
         """Have containerd forget a process that has ended, once nobody reads its output."""
         if record.pid or record.deleted or record.state is not ExecState.EXITED:
             return
+        self._by_steps.discard(record.id)
         self._background.start(self._forget(record), name=f"exec-forget-{record.id[:12]}")
 
     def resume(self) -> None:
@@ -160,7 +175,7 @@ class Execs:
                 self.ended(record)
 
     async def _run(self, container: ContainerRecord, record: ExecRecord) -> int:
-        init = await self._init_process(container)
+        init = await self._below.init_processes.of(container)
         user = await self._user(container, record.config.user)
         process = exec_process(init, self._request(container, record.config, user))
         if record.config.tty and record.config.width and record.config.height:
@@ -168,26 +183,48 @@ class Execs:
                 "width": record.config.width,
                 "height": record.config.height,
             }
+        return await self._begin(
+            container.id, record.id, NewProcess(process, _stdio(record.config))
+        )
+
+    async def _begin(self, container_id: str, exec_id: str, new: NewProcess) -> int:
+        """Make and start a process, over the stream of a session that waits for it if one does."""
+        if exec_id in self._by_steps:
+            return await self._begin_by_steps(container_id, exec_id, new)
+        begin = self._sessions.begin(exec_id) or partial(self._begin_alone, container_id, exec_id)
+        try:
+            async with asyncio.timeout(_START_LIMIT_S):
+                pid = await begin(new)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"exec {exec_id} was not started within {_START_LIMIT_S:g} s"
+            ) from None
+        except NotFound as error:
+            if error.resource != ("exec", exec_id):
+                raise
+            # Once it is made there, an attach would wait for its start.
+            self._by_steps.add(exec_id)
+            return await self._begin_by_steps(container_id, exec_id, new)
+        self._sessions.made(exec_id)
+        return pid
+
+    async def _begin_alone(self, container_id: str, exec_id: str, new: NewProcess) -> int:
+        target = AttachTarget(container_id, exec_id, output=False, new=new)
+        async with aclosing(self._streams.attach(target, _no_input())) as outputs:
+            started = await anext(outputs)
+        assert isinstance(started, Started)
+        return started.pid
+
+    async def _begin_by_steps(self, container_id: str, exec_id: str, new: NewProcess) -> int:
+        """As a shim of an older version has it."""
         try:
             await self._below.tasks.exec(
-                container.id, record.id, process=process, stdio=_stdio(record.config)
+                container_id, exec_id, process=new.process, stdio=new.stdio
             )
         except AlreadyExists:  # an answer was lost, and the call made again
-            log.debug("exec was there already", exec_id=record.id)
-        self._sessions.made(record.id)
-        return await self._below.tasks.start(container.id, record.id)
-
-    async def _init_process(self, container: ContainerRecord) -> dict[str, Any]:
-        """The OCI process of init in the present run; of the last few containers it is known."""
-        key = (container.id, container.runs)
-        known = self._processes.get(key)
-        if known is None:
-            known = (await self._below.containers.spec(container.id))["process"]
-            while len(self._processes) >= _PROCESSES_MAX:
-                self._processes.popitem(last=False)
-        self._processes[key] = known
-        self._processes.move_to_end(key)
-        return known
+            log.debug("exec was there already", exec_id=exec_id)
+        self._sessions.made(exec_id)
+        return await self._below.tasks.start(container_id, exec_id)
 
     async def _user(self, container: ContainerRecord, user: str) -> ResolvedUser | None:
         if not user:
@@ -224,6 +261,8 @@ class Execs:
         container = self._below.store.get(record.container_id)
         if container is None or not container.live or container.runs != record.run:
             return  # the whole task goes, or has gone
+        if self._below.execs.is_deleted(record.id):
+            return  # its last reader saw to that
         try:
             await self._below.tasks.delete(record.container_id, record.id)
             self._below.execs.note_deleted(record.id)
@@ -247,6 +286,11 @@ def _running(record: ExecRecord, pid: int) -> ExecRecord | None:
     if record.state is not ExecState.CREATED:
         return None
     return dataclasses.replace(record, state=ExecState.RUNNING, pid=pid)
+
+
+async def _no_input() -> AsyncGenerator[AttachInput, None]:
+    return
+    yield
 
 
 def _stdio(config: ExecConfig) -> Stdio:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
 from services.daemon.containers.outliving import OutlivingWork
-from services.daemon.containers.runtime import AttachTarget, Gap, Output
+from services.daemon.containers.record import ExitStatus
+from services.daemon.containers.runtime import AttachTarget, Finished, Forgotten, Gap, Output
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from services.common.background import Background
     from services.daemon.containers.attach import Attacher
     from services.daemon.containers.exec import Execs
-    from services.daemon.containers.record import ExecConfig, ExecId, ExitStatus
-    from services.daemon.containers.runtime import AttachInput, AttachOutput
+    from services.daemon.containers.record import ExecConfig, ExecId
+    from services.daemon.containers.runtime import AttachInput, AttachOutput, ProcessEnd
 
     Told = ExecId | Output | Gap | ExitStatus
 
@@ -31,11 +33,13 @@ class ExecRuns:
     Args:
         execs: makes, starts and waits for them.
         attacher: brings their output.
+        background: owns what follows the end of a process.
     """
 
-    def __init__(self, execs: Execs, attacher: Attacher) -> None:
+    def __init__(self, execs: Execs, attacher: Attacher, background: Background) -> None:
         self._execs = execs
         self._attacher = attacher
+        self._ends = background
         self._starts = OutlivingWork()
 
     async def run(self, reference: str, config: ExecConfig) -> AsyncGenerator[Told, None]:
@@ -55,23 +59,45 @@ class ExecRuns:
             )
         exec_id = await self._execs.create(reference, config)
         self._execs.attached(exec_id)
-        session = self._attacher.exec(AttachTarget("", exec_id), _no_input())
-        async with aclosing(session) as outputs:
+        session = self._attacher.exec(AttachTarget("", exec_id, exit=True), _no_input())
+        end: ProcessEnd | None = None
+        try:
             # Its first step announces it: from there on the start couples it.
-            await anext(outputs)
+            await anext(session)
             starting = asyncio.create_task(
                 self._starts.run(self._execs.start(exec_id), name="exec-start")
             )
             try:
                 yield exec_id
-                while (output := await _next(outputs, starting)) is not None:
+                while (output := await _next(session, starting)) is not None:
                     if isinstance(output, Output | Gap):
                         yield output
-                await starting
+                    elif isinstance(output, Finished):
+                        end = output.end
+                        break
+                if end is None:
+                    await starting  # it may have failed, which ends a session too
             finally:
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
-        yield await self._execs.wait(exec_id)
+            # The journal has it, or the shim's spool: it is recorded when it comes from there.
+            yield (
+                ExitStatus(end.exit_code, end.exited_at_ns)
+                if end is not None
+                else await self._execs.wait(exec_id)
+            )
+        finally:
+            if end is not None and self._execs.read_to_the_end(exec_id):
+                self._ends.start(self._see_off(exec_id, session), name="exec-end")
+            else:
+                await session.aclose()
+
+    async def _see_off(self, exec_id: ExecId, session: AsyncGenerator[AttachOutput, None]) -> None:
+        """Have a process deleted that has ended and was read."""
+        async with aclosing(session):
+            async for output in session:
+                if isinstance(output, Forgotten):
+                    self._execs.deleted(exec_id)
 
     async def close(self, timeout_s: float) -> None:
         """Let starts that have begun come to their end, for a while."""

@@ -75,6 +75,11 @@ class ExecStore:
         """
         self._deleted.add(exec_id)
 
+    def is_deleted(self, exec_id: ExecId) -> bool:
+        """Whether containerd has forgotten the process, as far as was noted."""
+        record = self._records.get(exec_id)
+        return exec_id in self._deleted or (record is not None and record.deleted)
+
     async def change(
         self, exec_id: ExecId, change: Callable[[ExecRecord], ExecRecord | None]
     ) -> ExecRecord:

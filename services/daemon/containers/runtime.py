@@ -221,12 +221,22 @@ class StreamKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class NewProcess:
+    """A further process that is to be made and started: what :meth:`Tasks.exec` takes."""
+
+    process: Mapping[str, Any]
+    stdio: Stdio
+
+
+@dataclass(frozen=True, slots=True)
 class AttachTarget:
     """Which process, and what of its streams.
 
     Attributes:
         offset: first byte of output wanted.
         from_end: only what comes from now on.
+        exit: ``Finished`` waits for the process' end, too, and says how that was.
+        new: start this one first, unless that was done.
     """
 
     container_id: str
@@ -235,6 +245,8 @@ class AttachTarget:
     from_end: bool = False
     output: bool = True
     input: bool = False
+    exit: bool = False
+    new: NewProcess | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +272,12 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Coupled: input goes on at ``input_offset``, output at ``offset``."""
+    """Coupled: input goes on at ``input_offset``, output at ``offset``; pid 0: not known."""
 
     input_offset: int
     terminal: bool
     offset: int
+    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,14 +298,28 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """How a process ended."""
+
+    exit_code: int
+    exited_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """The output is complete; ``offset`` is its length."""
+    """The output is complete; ``offset`` is its length, ``end`` that of the process, if told."""
 
     offset: int
+    end: ProcessEnd | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The process is deleted."""
 
 
 AttachInput = Input | CloseInput | Resize
-AttachOutput = Started | Output | Gap | Finished
+AttachOutput = Started | Output | Gap | Finished | Forgotten
 
 
 class Streams(Protocol):
@@ -303,8 +330,12 @@ class Streams(Protocol):
     ) -> AsyncGenerator[AttachOutput, None]:
         """Couple with a process; ends after ``Finished``.
 
+        Who goes on after a ``Finished`` that tells the process' end has it deleted, and is told.
+
         Raises:
             Unavailable: containerd or the shim went away: attach again at the next offset.
-            NotFound: there is no such process any more.
+            NotFound: there is no such process any more; or it was to be started, and the shim is
+                of a version that cannot do that here (the resource is the exec then).
             FailedPrecondition: its input cannot be had.
+            InvalidArgument: it cannot be started, as :meth:`Tasks.create`.
         """

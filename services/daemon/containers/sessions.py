@@ -7,13 +7,22 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from services.daemon.containers.runtime import NewProcess
+
+    Begin = Callable[[NewProcess], Awaitable[int]]
 
 
 class Opening:
-    """A client that attached before there was a task; see :meth:`Sessions.expecting`."""
+    """A client that attached before there was a task; see :meth:`Sessions.expecting`.
 
-    def __init__(self) -> None:
+    Args:
+        begin: starts a process over the session's own stream, and returns its pid.
+    """
+
+    def __init__(self, begin: Begin | None = None) -> None:
+        self.begin = begin
         self.made = asyncio.Event()
         """Set when there is a task to couple with, not started yet."""
         self.settled = asyncio.Event()
@@ -29,9 +38,9 @@ class Sessions:
         self._openings: dict[str, list[Opening]] = {}
 
     @contextmanager
-    def expecting(self, key: str) -> Iterator[Opening]:
+    def expecting(self, key: str, begin: Begin | None = None) -> Iterator[Opening]:
         """Have the next start of ``key`` couple this session before anything runs."""
-        opening = Opening()
+        opening = Opening(begin)
         self._openings.setdefault(key, []).append(opening)
         try:
             yield opening
@@ -41,6 +50,11 @@ class Sessions:
             openings.remove(opening)
             if not openings:
                 del self._openings[key]
+
+    def begin(self, key: str) -> Begin | None:
+        """What starts a process over the stream of a session that expects it, if there is one."""
+        waiting = (o for o in self._openings.get(key, ()) if not o.made.is_set())
+        return next((opening.begin for opening in waiting if opening.begin is not None), None)
 
     def made(self, key: str) -> list[Opening]:
         """Tell those who expect it that there is something to couple with; returns them."""

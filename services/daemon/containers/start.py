@@ -216,6 +216,7 @@ class _Attempt:
             labels={"theseus.container.name": record.name},
             runtime=program,
         )
+        below.init_processes.remember(record, spec["process"])
         below.trace("start:record")
         self.task_possible = True
         await below.tasks.create(record.id, rootfs=root, stdio=self._stdio(), runtime=program)

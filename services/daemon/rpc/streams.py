@@ -11,6 +11,7 @@ from services.daemon.containers.runtime import (
     AttachOutput,
     AttachTarget,
     CloseInput,
+    Finished,
     Gap,
     Input,
     Output,
@@ -93,4 +94,5 @@ def output_to_pb(output: AttachOutput) -> pb.AttachResponse:
             setattr(gap, "from", output.from_offset)  # a word of Python
             return pb.AttachResponse(gap=gap)
         case _:
+            assert isinstance(output, Finished)
             return pb.AttachResponse(finished=pb.AttachFinished(offset=output.offset))

@@ -3,17 +3,20 @@
 A call that comes while the gate is closed waits: either the gate opens again and nobody noticed, or
 the process is executed anew, the connection breaks, and the caller asks again. Calls that wait for
 the end of a process or a sandbox, for the acknowledgement of events, or are attached, are not
-counted: they break.
+counted: they break. Of an attach that starts an exec the start counts.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from grpc.aio import ServicerContext
 
     Context = ServicerContext[Any, Any]
@@ -48,6 +51,17 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._left.wait()
         await asyncio.sleep(_FLUSH_S)
 
+    @asynccontextmanager
+    async def inside(self) -> AsyncIterator[None]:
+        """Wait until it is open; the block counts as a call."""
+        await self._open.wait()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._left.set()
+
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the unary methods that are not free to pass."""
         handler = await continuation(handler_call_details)
@@ -57,13 +71,8 @@ class Gate(grpc.aio.ServerInterceptor):
         behaviour = handler.unary_unary
 
         async def call(request: Any, context: Context) -> Any:
-            await self._open.wait()
-            self._inside += 1
-            try:
+            async with self.inside():
                 return await behaviour(request, context)
-            finally:
-                self._inside -= 1
-                self._left.set()
 
         return grpc.unary_unary_rpc_method_handler(
             call,

@@ -70,7 +70,7 @@ class TaskApi:
             stderr=process.stdio.stderr,
             terminal=process.stdio.terminal,
             exit_status=record.status if record else 0,
-            exited_at=_exited_at(record),
+            exited_at=exit_time(record),
             exec_id=process.exec_id,
         )
 
@@ -100,7 +100,7 @@ class TaskApi:
         return shim_pb2.DeleteResponse(
             pid=process.pid,
             exit_status=record.status if record else 0,
-            exited_at=_exited_at(record),
+            exited_at=exit_time(record),
         )
 
     async def Pids(
@@ -138,7 +138,7 @@ class TaskApi:
     ) -> empty_pb2.Empty:
         """Add a process, which Start runs."""
         container = self._tasks.container(request.id)
-        spec = _json_object(request.spec.value, field="spec")
+        spec = json_object(request.spec.value, field="spec")
         container.add_exec(request.exec_id, spec, _stdio(request))
         return empty_pb2.Empty()
 
@@ -196,7 +196,7 @@ class TaskApi:
     ) -> empty_pb2.Empty:
         """Change the limits of a container."""
         container = self._tasks.container(request.id)
-        await container.update(_json_object(request.resources.value, field="resources"))
+        await container.update(json_object(request.resources.value, field="resources"))
         return empty_pb2.Empty()
 
     async def Wait(
@@ -205,7 +205,7 @@ class TaskApi:
         """Wait for the end of a process."""
         _, process = self._find(request.id, request.exec_id)
         record = await process.wait()
-        return shim_pb2.WaitResponse(exit_status=record.status, exited_at=_exited_at(record))
+        return shim_pb2.WaitResponse(exit_status=record.status, exited_at=exit_time(record))
 
     async def Stats(
         self, request: shim_pb2.StatsRequest, context: object = None
@@ -329,14 +329,15 @@ def _process_info(pid: int, exec_id: str | None) -> task_pb2.ProcessInfo:
     )
 
 
-def _exited_at(record: ExitRecord | None) -> timestamp_pb2.Timestamp | None:
+def exit_time(record: ExitRecord | None) -> timestamp_pb2.Timestamp | None:
+    """When a process ended, on the wire."""
     if record is None:
         return None
     seconds, nanos = divmod(record.exited_at_ns, 1_000_000_000)
     return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
 
 
-def _json_object(data: bytes, *, field: str) -> dict[str, Any]:
+def json_object(data: bytes, *, field: str) -> dict[str, Any]:
     """A JSON object out of a request's Any.
 
     Raises:

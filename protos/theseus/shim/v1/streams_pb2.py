@@ -22,37 +22,44 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/theseus/shim/v1/streams.proto\x12\x0ftheseus.shim.v1\"\xd1\x01\n\rAttachRequest\x12-\n\x05start\x18\x01 \x01(\x0b\x32\x1c.theseus.shim.v1.AttachStartH\x00\x12\'\n\x05input\x18\x02 \x01(\x0b\x32\x16.theseus.shim.v1.InputH\x00\x12\x32\n\x0b\x63lose_input\x18\x03 \x01(\x0b\x32\x1b.theseus.shim.v1.CloseInputH\x00\x12)\n\x06resize\x18\x04 \x01(\x0b\x32\x17.theseus.shim.v1.ResizeH\x00\x42\t\n\x07message\"\x88\x01\n\x0b\x41ttachStart\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x10\n\x08\x66rom_end\x18\x04 \x01(\x08\x12\x0e\n\x06output\x18\x05 \x01(\x08\x12\r\n\x05input\x18\x06 \x01(\x08\x12\x11\n\tno_follow\x18\x07 \x01(\x08\"%\n\x05Input\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x0c\n\nCloseInput\"\'\n\x06Resize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xc7\x01\n\x0e\x41ttachResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.theseus.shim.v1.StartedH\x00\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x17.theseus.shim.v1.OutputH\x00\x12#\n\x03gap\x18\x03 \x01(\x0b\x32\x14.theseus.shim.v1.GapH\x00\x12-\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x19.theseus.shim.v1.FinishedH\x00\x42\t\n\x07message\"A\n\x07Started\x12\x14\n\x0cinput_offset\x18\x01 \x01(\x04\x12\x10\n\x08terminal\x18\x02 \x01(\x08\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"S\n\x06Output\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12+\n\x06stream\x18\x02 \x01(\x0e\x32\x1b.theseus.shim.v1.StreamKind\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\x03Gap\x12\x0c\n\x04\x66rom\x18\x01 \x01(\x04\x12\n\n\x02to\x18\x02 \x01(\x04\"\x1a\n\x08\x46inished\x12\x0e\n\x06offset\x18\x01 \x01(\x04*Y\n\nStreamKind\x12\x1b\n\x17STREAM_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12STREAM_KIND_STDOUT\x10\x01\x12\x16\n\x12STREAM_KIND_STDERR\x10\x02\x32X\n\x07Streams\x12M\n\x06\x41ttach\x12\x1e.theseus.shim.v1.AttachRequest\x1a\x1f.theseus.shim.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$protos/theseus/shim/v1/streams.proto\x12\x0ftheseus.shim.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfc\x01\n\rAttachRequest\x12-\n\x05start\x18\x01 \x01(\x0b\x32\x1c.theseus.shim.v1.AttachStartH\x00\x12\'\n\x05input\x18\x02 \x01(\x0b\x32\x16.theseus.shim.v1.InputH\x00\x12\x32\n\x0b\x63lose_input\x18\x03 \x01(\x0b\x32\x1b.theseus.shim.v1.CloseInputH\x00\x12)\n\x06resize\x18\x04 \x01(\x0b\x32\x17.theseus.shim.v1.ResizeH\x00\x12)\n\x06\x66orget\x18\x05 \x01(\x0b\x32\x17.theseus.shim.v1.ForgetH\x00\x42\t\n\x07message\"\xc4\x01\n\x0b\x41ttachStart\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x10\n\x08\x66rom_end\x18\x04 \x01(\x08\x12\x0e\n\x06output\x18\x05 \x01(\x08\x12\r\n\x05input\x18\x06 \x01(\x08\x12\x11\n\tno_follow\x18\x07 \x01(\x08\x12,\n\x07process\x18\x08 \x01(\x0b\x32\x1b.theseus.shim.v1.NewProcess\x12\x0c\n\x04\x65xit\x18\t \x01(\x08\"[\n\nNewProcess\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\r\n\x05stdin\x18\x02 \x01(\t\x12\x0e\n\x06stdout\x18\x03 \x01(\t\x12\x0e\n\x06stderr\x18\x04 \x01(\t\x12\x10\n\x08terminal\x18\x05 \x01(\x08\"%\n\x05Input\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x0c\n\nCloseInput\"\x08\n\x06\x46orget\"\'\n\x06Resize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xc7\x01\n\x0e\x41ttachResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.theseus.shim.v1.StartedH\x00\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x17.theseus.shim.v1.OutputH\x00\x12#\n\x03gap\x18\x03 \x01(\x0b\x32\x14.theseus.shim.v1.GapH\x00\x12-\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x19.theseus.shim.v1.FinishedH\x00\x42\t\n\x07message\"N\n\x07Started\x12\x14\n\x0cinput_offset\x18\x01 \x01(\x04\x12\x10\n\x08terminal\x18\x02 \x01(\x08\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\r\"S\n\x06Output\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12+\n\x06stream\x18\x02 \x01(\x0e\x32\x1b.theseus.shim.v1.StreamKind\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\x03Gap\x12\x0c\n\x04\x66rom\x18\x01 \x01(\x04\x12\n\n\x02to\x18\x02 \x01(\x04\"?\n\x08\x46inished\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12#\n\x04\x65xit\x18\x02 \x01(\x0b\x32\x15.theseus.shim.v1.Exit\"E\n\x04\x45xit\x12\x0e\n\x06status\x18\x01 \x01(\r\x12-\n\texited_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*Y\n\nStreamKind\x12\x1b\n\x17STREAM_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12STREAM_KIND_STDOUT\x10\x01\x12\x16\n\x12STREAM_KIND_STDERR\x10\x02\x32X\n\x07Streams\x12M\n\x06\x41ttach\x12\x1e.theseus.shim.v1.AttachRequest\x1a\x1f.theseus.shim.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.theseus.shim.v1.streams_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMKIND']._serialized_start=917
-  _globals['_STREAMKIND']._serialized_end=1006
-  _globals['_ATTACHREQUEST']._serialized_start=58
-  _globals['_ATTACHREQUEST']._serialized_end=267
-  _globals['_ATTACHSTART']._serialized_start=270
-  _globals['_ATTACHSTART']._serialized_end=406
-  _globals['_INPUT']._serialized_start=408
-  _globals['_INPUT']._serialized_end=445
-  _globals['_CLOSEINPUT']._serialized_start=447
-  _globals['_CLOSEINPUT']._serialized_end=459
-  _globals['_RESIZE']._serialized_start=461
-  _globals['_RESIZE']._serialized_end=500
-  _globals['_ATTACHRESPONSE']._serialized_start=503
-  _globals['_ATTACHRESPONSE']._serialized_end=702
-  _globals['_STARTED']._serialized_start=704
-  _globals['_STARTED']._serialized_end=769
-  _globals['_OUTPUT']._serialized_start=771
-  _globals['_OUTPUT']._serialized_end=854
-  _globals['_GAP']._serialized_start=856
-  _globals['_GAP']._serialized_end=887
-  _globals['_FINISHED']._serialized_start=889
-  _globals['_FINISHED']._serialized_end=915
-  _globals['_STREAMS']._serialized_start=1008
-  _globals['_STREAMS']._serialized_end=1096
+  _globals['_STREAMKIND']._serialized_start=1277
+  _globals['_STREAMKIND']._serialized_end=1366
+  _globals['_ATTACHREQUEST']._serialized_start=91
+  _globals['_ATTACHREQUEST']._serialized_end=343
+  _globals['_ATTACHSTART']._serialized_start=346
+  _globals['_ATTACHSTART']._serialized_end=542
+  _globals['_NEWPROCESS']._serialized_start=544
+  _globals['_NEWPROCESS']._serialized_end=635
+  _globals['_INPUT']._serialized_start=637
+  _globals['_INPUT']._serialized_end=674
+  _globals['_CLOSEINPUT']._serialized_start=676
+  _globals['_CLOSEINPUT']._serialized_end=688
+  _globals['_FORGET']._serialized_start=690
+  _globals['_FORGET']._serialized_end=698
+  _globals['_RESIZE']._serialized_start=700
+  _globals['_RESIZE']._serialized_end=739
+  _globals['_ATTACHRESPONSE']._serialized_start=742
+  _globals['_ATTACHRESPONSE']._serialized_end=941
+  _globals['_STARTED']._serialized_start=943
+  _globals['_STARTED']._serialized_end=1021
+  _globals['_OUTPUT']._serialized_start=1023
+  _globals['_OUTPUT']._serialized_end=1106
+  _globals['_GAP']._serialized_start=1108
+  _globals['_GAP']._serialized_end=1139
+  _globals['_FINISHED']._serialized_start=1141
+  _globals['_FINISHED']._serialized_end=1204
+  _globals['_EXIT']._serialized_start=1206
+  _globals['_EXIT']._serialized_end=1275
+  _globals['_STREAMS']._serialized_start=1368
+  _globals['_STREAMS']._serialized_end=1456
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -43,6 +44,7 @@ class AttachRequest(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     CLOSE_INPUT_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
+    FORGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___AttachStart:
         """First and once."""
@@ -59,6 +61,12 @@ class AttachRequest(_message.Message):
     def resize(self) -> Global___Resize:
         """A new size of the terminal. FAILED_PRECONDITION without a terminal."""
 
+    @_builtins.property
+    def forget(self) -> Global___Forget:
+        """All of an exec that has ended was received: it is deleted, and then the stream ends.
+        FAILED_PRECONDITION while it runs, and for the init process.
+        """
+
     def __init__(
         self,
         *,
@@ -66,12 +74,13 @@ class AttachRequest(_message.Message):
         input: Global___Input | None = ...,
         close_input: Global___CloseInput | None = ...,
         resize: Global___Resize | None = ...,
+        forget: Global___Forget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close_input", b"close_input", "input", b"input", "message", b"message", "resize", b"resize", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close_input", b"close_input", "forget", b"forget", "input", b"input", "message", b"message", "resize", b"resize", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_input", b"close_input", "input", b"input", "message", b"message", "resize", b"resize", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_input", b"close_input", "forget", b"forget", "input", b"input", "message", b"message", "resize", b"resize", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "input", "close_input", "resize"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "input", "close_input", "resize", "forget"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -88,6 +97,8 @@ class AttachStart(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     NO_FOLLOW_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     exec_id: _builtins.str
     """Empty: the init process."""
@@ -101,6 +112,12 @@ class AttachStart(_message.Message):
     """Wants to write input. One writer at a time: a newer one takes over from an older one."""
     no_follow: _builtins.bool
     """Stop at the output that exists now instead of following it."""
+    exit: _builtins.bool
+    """Finished comes once the process has ended, too, and tells how; with output only."""
+    @_builtins.property
+    def process(self) -> Global___NewProcess:
+        """Add and start exec_id first, unless that is done."""
+
     def __init__(
         self,
         *,
@@ -111,14 +128,50 @@ class AttachStart(_message.Message):
         output: _builtins.bool = ...,
         input: _builtins.bool = ...,
         no_follow: _builtins.bool = ...,
+        process: Global___NewProcess | None = ...,
+        exit: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "from_end", b"from_end", "input", b"input", "no_follow", b"no_follow", "offset", b"offset", "output", b"output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "exec_id", b"exec_id", "exit", b"exit", "from_end", b"from_end", "input", b"input", "no_follow", b"no_follow", "offset", b"offset", "output", b"output", "process", b"process"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachStart: _TypeAlias = AttachStart  # noqa: Y015
+
+@_typing.final
+class NewProcess(_message.Message):
+    """What Task.Exec has of a process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    STDIN_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
+    spec: _builtins.bytes
+    """The OCI specification's process object, as JSON."""
+    stdin: _builtins.str
+    stdout: _builtins.str
+    stderr: _builtins.str
+    terminal: _builtins.bool
+    def __init__(
+        self,
+        *,
+        spec: _builtins.bytes = ...,
+        stdin: _builtins.str = ...,
+        stdout: _builtins.str = ...,
+        stderr: _builtins.str = ...,
+        terminal: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "terminal", b"terminal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewProcess: _TypeAlias = NewProcess  # noqa: Y015
 
 @_typing.final
 class Input(_message.Message):
@@ -159,6 +212,21 @@ class CloseInput(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseInput: _TypeAlias = CloseInput  # noqa: Y015
+
+@_typing.final
+class Forget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forget: _TypeAlias = Forget  # noqa: Y015
 
 @_typing.final
 class Resize(_message.Message):
@@ -228,22 +296,26 @@ class Started(_message.Message):
     INPUT_OFFSET_FIELD_NUMBER: _builtins.int
     TERMINAL_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     input_offset: _builtins.int
     """Bytes of input taken so far: a writer continues here."""
     terminal: _builtins.bool
     """True for a terminal, which has no separate standard error."""
     offset: _builtins.int
     """Offset of the first byte of output that follows."""
+    pid: _builtins.int
+    """Of the process."""
     def __init__(
         self,
         *,
         input_offset: _builtins.int = ...,
         terminal: _builtins.bool = ...,
         offset: _builtins.int = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_offset", b"input_offset", "offset", b"offset", "terminal", b"terminal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_offset", b"input_offset", "offset", b"offset", "pid", b"pid", "terminal", b"terminal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -301,17 +373,46 @@ class Finished(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
+    EXIT_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """Length of the process' whole output in bytes."""
+    @_builtins.property
+    def exit(self) -> Global___Exit:
+        """How the process ended, if the start asked for it and anybody knows."""
+
     def __init__(
         self,
         *,
         offset: _builtins.int = ...,
+        exit: Global___Exit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Exit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    EXITED_AT_FIELD_NUMBER: _builtins.int
+    status: _builtins.int
+    @_builtins.property
+    def exited_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        status: _builtins.int = ...,
+        exited_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exited_at", b"exited_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exited_at", b"exited_at", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Exit: _TypeAlias = Exit  # noqa: Y015

@@ -31,7 +31,14 @@ class StreamsStub:
     An exec process that was added and not started yet is waited for: its Started comes with its start,
     or FAILED_PRECONDITION when that fails.
 
-    The stream ends with OK after a Finished. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
+    With AttachStart.process an exec begins, runs and ends in this one call: it is added and started, its
+    Started comes once it runs, and it is deleted by Forget. A start that fails ends the call with the error
+    that Task.Start would have, and leaves nothing behind. A caller that sees the call break before the
+    Started makes it again as it was: an exec of that id that is there already is not made a second time.
+    A shim that knows nothing of this field answers NOT_FOUND for the exec.
+
+    The stream ends with OK after a Finished; after one that tells an exit, with a Forget or the end of
+    requests. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
     (offset past the end), FAILED_PRECONDITION (stdin wanted, and not attachable or taken; streams are not
     the shim's), INVALID_ARGUMENT, UNAVAILABLE (shim or containerd restarting: resume).
     """
@@ -59,7 +66,14 @@ class StreamsServicer(metaclass=_abc_1.ABCMeta):
         An exec process that was added and not started yet is waited for: its Started comes with its start,
         or FAILED_PRECONDITION when that fails.
 
-        The stream ends with OK after a Finished. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
+        With AttachStart.process an exec begins, runs and ends in this one call: it is added and started, its
+        Started comes once it runs, and it is deleted by Forget. A start that fails ends the call with the error
+        that Task.Start would have, and leaves nothing behind. A caller that sees the call break before the
+        Started makes it again as it was: an exec of that id that is there already is not made a second time.
+        A shim that knows nothing of this field answers NOT_FOUND for the exec.
+
+        The stream ends with OK after a Finished; after one that tells an exit, with a Forget or the end of
+        requests. Errors: NOT_FOUND (container or exec), OUT_OF_RANGE
         (offset past the end), FAILED_PRECONDITION (stdin wanted, and not attachable or taken; streams are not
         the shim's), INVALID_ARGUMENT, UNAVAILABLE (shim or containerd restarting: resume).
         """
