@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from services.common import errors
 from services.common.ttrpc.client import TtrpcClient
 from tests.fakes.eventually import eventually
 from tests.fakes.registry_server import FakeRegistry
-from tests.fakes.shim_harness import RunningShim, ShimMaker, plain_spec
+from tests.fakes.shim_harness import REPOSITORY, RunningShim, ShimMaker, plain_spec
 
 
 class Waiting:
@@ -218,9 +220,7 @@ async def test_it_is_the_shim_of_one_container_after_the_other(maker, fake, agai
         assert {(entry["namespace"], entry["shim_id"]) for entry in entries} == {
             (f"n{number}", bundle.name)
         }
-        await shim.peer.close()
-        await shim.channel.close()
-        os.close(shim.pidfd)
+        await shim.close_client()
 
 
 async def test_one_that_was_told_at_once_waits_after_that_if_it_may(maker, fake, registry):
@@ -270,6 +270,85 @@ async def test_one_that_has_not_led_a_plain_life_ends(maker, fake, again, life):
     await life(shim, fake)
     assert await again.next() == {}
     await shim.close()
+
+
+ONE = """
+import asyncio, os, socket, subprocess, sys, threading
+from services.shim import birth
+from services.shim.app import Shim
+from services.shim.metrics import ShimMetrics
+
+birth.LIVES_MAX = 2
+run = Shim.run
+
+async def leave(shim, *arguments):
+    await run(shim, *arguments)
+    {leave}
+
+Shim.run = leave
+birth.be_asked(socket.socket(fileno=int(sys.argv[1])), ShimMetrics())
+"""
+
+
+class Single(Again):
+    """One that no factory forked, and that leaves something with each container."""
+
+    def __init__(self, places, leave):
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", ONE.format(leave=leave), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=REPOSITORY,
+            )
+        self.connection.settimeout(20)
+        self.pid = self.ask({"wait_in": str(places)})["waiting"]
+        self.socket = places / f"waiting-{self.pid}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        self.connection.close()
+        self.process.wait(10)
+
+
+async def a_life(one, maker, fake):
+    shim = await one.be(maker, maker.bundle(plain_spec("/bin/sleep", "1000")))
+    await live(shim, fake)
+    await shim.shutdown()
+    said = await one.next()
+    await shim.close_client()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("leave", "what"),
+    [
+        ("os.open('/etc/passwd', os.O_RDONLY)", "files"),
+        ("threading.Thread(target=threading.Event().wait, daemon=True).start()", "threads"),
+        ("globals()['task'] = asyncio.ensure_future(asyncio.Event().wait())", "tasks"),
+        ("os.posix_spawn('/bin/true', ['true'], {})", "children"),
+        ("os.chdir('/tmp')", "directory"),
+    ],
+)
+async def test_one_with_something_left_says_so_and_ends(maker, fake, registry, leave, what):
+    places = maker.directory / "state" / "w"
+    places.mkdir()
+    with Single(places, leave) as one:
+        assert list((await a_life(one, maker, fake))["ends"]) == [what]
+        assert await one.next() == {}
+        assert one.process.wait(10) == 0
+
+
+async def test_one_that_has_been_a_shim_often_enough_ends(maker, fake, registry):
+    places = maker.directory / "state" / "w"
+    places.mkdir()
+    with Single(places, "pass") as one:
+        assert (await a_life(one, maker, fake))["waiting"] == one.pid
+        assert await a_life(one, maker, fake) == {}
+        assert one.process.wait(10) == 0
+    assert not one.socket.exists()
 
 
 async def test_one_whose_connection_is_gone_ends_with_its_container(maker, fake, registry):

@@ -270,6 +270,13 @@ class RunningShim:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         await self.ended()
 
+    async def close_client(self) -> None:
+        """Let go of one whose container is deleted, and whose process goes on."""
+        await self.peer.close()
+        await self.channel.close()
+        for pidfd in (*self._inits, self.pidfd):
+            os.close(pidfd)
+
     def _is_deleting(self) -> bool:
         try:
             state = json.loads((self.bundle / "state.json").read_text())
