@@ -221,6 +221,7 @@ class App:
             stack.push_async_callback(backend.close)
         for snapshotter in self._snapshotters.values():
             await snapshotter.open()
+            stack.push_async_callback(snapshotter.close)
         shims, tasks, factory = await self._start_tasks(stack, epoch)
         calls = ServerMetrics()
         self._registry.add(calls.lines)

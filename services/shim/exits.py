@@ -8,9 +8,9 @@ Rules that the order of lines below keeps:
   are told, before it.
 * The exit record is on the spool first; then what is left in the pipes goes to the log (so that
   whoever hears of the exit finds the log complete), and then it is told.
-* The runtime's ``delete`` and the unmounting happen after that, on their own. Delete waits for the
-  unmounting, and where there are hooks, which ``delete`` runs, or where nobody would finish it, for
-  both; it repeats what has failed by then.
+* The unmounting and, a little later, the runtime's ``delete`` happen after that, on their own.
+  Delete waits for the unmounting, and where there are hooks, which ``delete`` runs, or where nobody
+  would finish it, for both; it repeats what has failed by then.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 _SETTLE_LIMIT_S = 2.0
 _EXECS_LIMIT_S = 10.0
+_FORGET_AFTER_S = 0.02
 
 
 class Exits:
@@ -131,8 +132,16 @@ class Exits:
             self._cleanup = self._do(self._container.clean_up(force=False), name="clean up")
         else:
             self._cleanup = self._do(self._container.unmount(), name="unmount")
-            forgetting = self._container.runtime.delete(force=False, hurry=False)
-            self._forgetting = self._do(forgetting, name="delete")
+            self._forgetting = self._do(self._forget(), name="delete")
+
+    async def _forget(self) -> None:
+        """Have the runtime forget the container; nobody waits for that.
+
+        Now somebody hears of the exit, and mostly asks for the deletion: that goes first, and needs
+        the processor.
+        """
+        await asyncio.sleep(_FORGET_AFTER_S)
+        await self._container.runtime.delete(force=False, hurry=False)
 
     async def _wait_for_execs(self) -> None:
         with contextlib.suppress(TimeoutError):

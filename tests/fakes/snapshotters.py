@@ -78,8 +78,10 @@ async def open_snapshotter(
                     await remote.open()
                     yield remote, db
                     await client.close()
+                await kept.close()
         else:
             make = NativeSnapshotter if kind == "native" else OverlaySnapshotter
             found = make(root, db, events=events, leases=leases)
             await found.open()
             yield found, db
+            await found.close()

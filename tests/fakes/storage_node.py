@@ -163,6 +163,7 @@ async def open_storage(
         for kind in (OverlaySnapshotter, NativeSnapshotter):
             made = kind(root, db, events=journal, leases=leases, ids=ids, trace=trace)
             await made.open()
+            stack.push_async_callback(made.close)
             await made.cleanup()
             snapshotters[made.name] = made
         collector = Collector(

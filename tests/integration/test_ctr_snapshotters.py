@@ -74,6 +74,7 @@ async def test_another_services(name, tmp_path):
             await asyncio.to_thread(ctr, *missing, code=1)
             async with served(keeper, "keeper", socket):
                 await asyncio.to_thread(live, ctr, name, "keeper")
+            await keeper.close()
             assert list(Path(tmp_path / "there/snapshots/overlayfs").iterdir()) == []
             assert await keeper.infos("default") == []
             assert await containerd.stop() == 0

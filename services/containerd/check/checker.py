@@ -88,8 +88,11 @@ class Checker:
         snapshots = []
         for snapshotter in self._snapshotters:
             await snapshotter.begin()
-            check = LayerCheck(self._db, snapshotter, self._applier, layers)
-            snapshots += await check.run(repair=repair)
+            try:
+                check = LayerCheck(self._db, snapshotter, self._applier, layers)
+                snapshots += await check.run(repair=repair)
+            finally:
+                await snapshotter.close()
         if repair:
             found = await self._tidy(found)
         return [*blobs, *snapshots, *found]

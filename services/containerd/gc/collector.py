@@ -95,6 +95,10 @@ class Collector:
     async def _collect(self) -> Collection:
         async with self._one_at_a_time:
             began = time.perf_counter()
+            # Mostly there is nothing, and nobody who writes has to wait while that is found out.
+            # What becomes garbage after this look asks for a collection of its own.
+            if not self._unclean and not await self._db.read(_unreachable):
+                return Collection((), 0, time.perf_counter() - began)
             async with self._lock.exclusive():
                 removed = await self._db.write(self._sweep)
                 self._trace("swept")
@@ -124,7 +128,7 @@ class Collector:
         return Collection(tuple(removed), freed_bytes, seconds)
 
     def _sweep(self, tx: sqlite3.Connection) -> list[Node]:
-        removed = Graph(tx, now_ns=time.time_ns()).unreachable()
+        removed = _unreachable(tx)
         for node in removed:
             if node.type == CONTENT:
                 content.delete(tx, node.namespace, node.id)
@@ -172,3 +176,7 @@ class Collector:
             await self._content.abort(node.namespace, node.id)
         except NotFound:
             log.debug("ingest ended by itself", ref=node.id, namespace=node.namespace)
+
+
+def _unreachable(tx: sqlite3.Connection) -> list[Node]:
+    return Graph(tx, now_ns=time.time_ns()).unreachable()

@@ -7,7 +7,8 @@ of a crash means here:
 * after a power failure the row of an active snapshot may be there and its directory not, since it
   is not synced (nobody was promised the contents): ``open`` makes it again. What a committed row
   names is on the disk;
-* a removed directory is first renamed to ``rm-…``, so that nobody takes it for a snapshot.
+* a removed directory is first renamed to ``rm-…``, so that nobody takes it for a snapshot;
+* directories are removed behind the answer (see :mod:`.discards`), which ``cleanup`` waits for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import structlog
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted
 from services.containerd.metadata import snapshots as rows
 from services.containerd.snapshots import tree
+from services.containerd.snapshots.discards import Discards
 from services.containerd.snapshots.idmap import id_map
 from services.containerd.snapshots.recorded import NewSnapshot, RecordedSnapshotter, SnapshotIds
 from services.containerd.snapshots.snapshotter import Kind, Usage
@@ -52,6 +54,9 @@ class DirectorySnapshotter(RecordedSnapshotter):
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
+    _copies = False
+    """``_fill`` takes its time: snapshots are made in a thread of their own."""
+
     def __init__(
         self,
         root: Path,
@@ -66,6 +71,7 @@ class DirectorySnapshotter(RecordedSnapshotter):
             raise InvalidArgument(f"root {root} must have none of : , \\ in its path", field="root")
         super().__init__(db, events=events, leases=leases, ids=ids, trace=trace)
         self.root = root / "snapshots" / self.name
+        self._discards = Discards(self._throw_away)
 
     async def open(self) -> None:
         """Bring directories and rows into step after a start. Call it once, before anything else.
@@ -87,6 +93,7 @@ class DirectorySnapshotter(RecordedSnapshotter):
 
     async def cleanup(self) -> None:
         """See :class:`Snapshotter`."""
+        await self._discards.finish()
         names = await asyncio.to_thread(os.listdir, self.root)
         # In this order: what was being made while we looked has a row by now, or is still here.
         being_made = set(self._being_made)
@@ -95,6 +102,10 @@ class DirectorySnapshotter(RecordedSnapshotter):
         for name in names:
             if not (name.isdigit() and int(name) in known):
                 await uninterrupted(asyncio.to_thread(self._throw_away, self.root / name))
+
+    async def close(self) -> None:
+        """See :class:`RecordedSnapshotter`."""
+        await self._discards.close()
 
     def files(self, snapshot_id: int) -> Path:
         """Where the files of a snapshot are."""
@@ -105,9 +116,17 @@ class DirectorySnapshotter(RecordedSnapshotter):
         """Put into a new snapshot's files what it needs of its parent's. Blocks."""
 
     async def _make(self, new: NewSnapshot) -> str:
-        parent = None if new.parent is None else self.files(new.parent.id)
-        await asyncio.to_thread(self._make_directory, new.id, new.kind, parent, new.labels)
+        if self._copies:
+            await asyncio.to_thread(self._make_files, new)
         return ""
+
+    def _make_quickly(self, new: NewSnapshot) -> None:
+        if not self._copies:
+            self._make_files(new)
+
+    def _make_files(self, new: NewSnapshot) -> None:
+        parent = None if new.parent is None else self.files(new.parent.id)
+        self._make_directory(new.id, new.kind, parent, new.labels)
 
     async def _unmake(self, new: NewSnapshot) -> None:
         await asyncio.to_thread(self._throw_away, self.root / str(new.id))
@@ -125,7 +144,7 @@ class DirectorySnapshotter(RecordedSnapshotter):
         return usage, ""
 
     async def _discard(self, row: rows.SnapshotRow) -> None:
-        await asyncio.to_thread(self._throw_away, self.root / str(row.id))
+        await self._discards.add(self.root / str(row.id))
 
     async def _remake(self, snapshot_id: int, kind: int) -> None:
         if kind == Kind.COMMITTED:

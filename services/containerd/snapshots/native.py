@@ -25,6 +25,7 @@ class NativeSnapshotter(DirectorySnapshotter):
     """The snapshotter ``native``. Usage counts the whole tree, as upstream's does."""
 
     name = "native"
+    _copies = True
 
     def _fill(self, directory: Path, kind: Kind, parent: Path | None) -> None:
         if kind == Kind.ACTIVE and parent is not None:

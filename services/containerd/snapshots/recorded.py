@@ -2,12 +2,12 @@
 
 A subclass says where the files are. It makes them before the row and takes them away after it:
 
-* **prepare** calls ``_make``, then writes the row. Crash between: files without a row, which the
-  subclass' ``cleanup`` takes away.
+* **prepare** calls ``_make``, and ``_make_quickly`` in the transaction that writes the row. Crash
+  before that is committed: files without a row, which the subclass' ``cleanup`` takes away.
 * **commit** calls ``_finish``, which brings the files to the disk, then changes the row. Crash
   between: the snapshot is still active, and can be committed again.
-* **remove** deletes the row, then calls ``_discard``. Crash between, or a failure: rubbish for
-  ``cleanup``.
+* **remove** deletes the row, then calls ``_discard``, which may remove files behind the answer.
+  Crash between, or a failure: rubbish for ``cleanup``.
 
 Ids are counted in memory, in one sequence for all snapshotters of a database, because files must
 have their name before there is a row.
@@ -110,6 +110,10 @@ class RecordedSnapshotter(ABC):
         """Make the files of a snapshot; returns what its row says of where they are."""
 
     @abstractmethod
+    def _make_quickly(self, new: NewSnapshot) -> None:
+        """Make files that take no time. Blocks; a part of the transaction that writes the row."""
+
+    @abstractmethod
     async def _unmake(self, new: NewSnapshot) -> None:
         """Undo ``_make``, whole or half done. What cannot be undone is left to ``cleanup``."""
 
@@ -133,7 +137,11 @@ class RecordedSnapshotter(ABC):
 
     @abstractmethod
     async def _discard(self, row: rows.SnapshotRow) -> None:
-        """Take away files whose row is gone. What cannot be is left to ``cleanup``."""
+        """See that files whose row is gone go. What cannot be is left to ``cleanup``."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End what goes on behind the answers. The database is open still."""
 
     async def stat(self, namespace: str, key: str) -> SnapshotInfo:
         """See :class:`Snapshotter`."""
@@ -261,7 +269,14 @@ class RecordedSnapshotter(ABC):
         if taken:
             await self._refuse(namespace, taken, lease)
 
+        made = False  # the transaction may have to be run again
+
         def record(tx: sqlite3.Connection) -> tuple[rows.SnapshotRow, list[int]]:
+            nonlocal made
+            if not made:
+                self._make_quickly(new)
+                made = True
+                self._trace("directory made")
             self._insert(tx, new, lease, backend)
             if kind == Kind.ACTIVE:
                 fields = {"key": key, "parent": parent, "snapshotter": self.name}
@@ -272,7 +287,6 @@ class RecordedSnapshotter(ABC):
         self._being_made.add(new.id)
         try:
             backend = await self._make(new)
-            self._trace("directory made")
             row, ancestors = await self._db.write(record)
         except Exception:
             await self._unmake(new)

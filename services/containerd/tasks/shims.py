@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LEAVE_S = 2.0
+_REMOVE_AFTER_S = 0.02
 _TOLD_S = 1.0
 
 
@@ -320,9 +321,14 @@ class ShimManager:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_TOLD_S):
                     await known.deletion_told.wait()
-        task = self._background.start(self.remove(known), name=f"remove {known.id}")
+        task = self._background.start(self._remove_later(known), name=f"remove {known.id}")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
+
+    async def _remove_later(self, known: KnownShim) -> None:
+        """Remove, once the client's next calls, which go on with the deletion, had their turn."""
+        await asyncio.sleep(_REMOVE_AFTER_S)
+        await self.remove(known)
 
     async def remove(self, known: KnownShim) -> bool:
         """Take a task's shim and bundle away (see ``Undertaker.remove``).

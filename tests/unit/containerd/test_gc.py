@@ -161,6 +161,19 @@ async def node(tmp_path: Path) -> AsyncIterator[Stage]:
         yield opened
 
 
+async def test_a_collection_that_finds_nothing_keeps_nobody_waiting(node: Stage) -> None:
+    await node.image("x", await node.blob("manifest"))
+    commits: list[None] = []
+    node.meta.db.on_commit(lambda: commits.append(None))
+    async with node.lock.shared(), asyncio.timeout(5):
+        assert (await node.collector.collect()).removed == ()
+    assert commits == []
+    await node.blob("loose")
+    del commits[:]
+    assert len((await node.collector.collect()).removed) == 1
+    assert commits
+
+
 async def test_an_image_keeps_its_whole_tree_and_nothing_else(node: Stage) -> None:
     layer = await node.blob("layer")
     await node.snapshot("lower")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
 
 from services.common.database import Database
-from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from services.common.mounts import overlay_option
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.snapshots.overlay import OverlaySnapshotter
@@ -117,6 +126,64 @@ async def test_a_crash_after_the_directory_leaves_rubbish_that_cleanup_takes(
     assert node.directories() == ["2"]
 
 
+async def test_directories_are_removed_behind_the_answer_all_at_once(
+    node: Node, overlay: OverlaySnapshotter
+) -> None:
+    for key in "abc":
+        await overlay.prepare(NS, key, "")
+    for key in "abc":
+        await overlay.remove(NS, key)
+    assert node.directories() == ["1", "2", "3"]
+    await overlay.cleanup()  # the disk is free when this returns
+    assert node.directories() == []
+
+
+async def test_directories_are_made_once_if_the_transaction_is_run_again(
+    tmp_path: Path,
+) -> None:
+    class Reserve:
+        released = False
+
+        def release(self) -> bool:
+            self.released = True
+            return True
+
+    node, reserve = Node(tmp_path), Reserve()
+    node.db = Database(tmp_path / "meta.db", reserve=reserve)  # type: ignore[arg-type]
+    overlay = await node.start()
+    append = node.events.append
+
+    def full(*arguments: object) -> None:
+        if not reserve.released:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        append(*arguments)  # type: ignore[arg-type]
+
+    node.events.append = full  # type: ignore[assignment,method-assign]
+    await overlay.prepare(NS, "work", "")
+    assert reserve.released
+    assert node.directories() == ["1"]
+    assert (await overlay.stat(NS, "work")).kind == Kind.ACTIVE
+    node.db.close()
+
+
+async def test_no_room_for_directories_is_said_so_and_leaves_nothing(
+    node: Node, overlay: OverlaySnapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("services.containerd.snapshots.tree.make", full)
+        with pytest.raises(ResourceExhausted, match="no room"):
+            await overlay.prepare(NS, "work", "")
+    with pytest.raises(NotFound):
+        await overlay.stat(NS, "work")
+    assert node.directories() == []
+    await overlay.prepare(NS, "work", "")
+
+
 async def test_a_failed_prepare_leaves_no_directory(
     node: Node, overlay: OverlaySnapshotter
 ) -> None:
@@ -146,8 +213,9 @@ async def test_a_crash_while_removing_leaves_rubbish_that_cleanup_takes(
     await overlay.prepare(NS, "keep", "")
     (mount,) = await overlay.prepare(NS, "work", "")
     node.stop_at = step
-    with pytest.raises(Crash):
+    with pytest.raises(Crash) if step == "row deleted" else nullcontext():
         await overlay.remove(NS, "work")
+    await overlay.close()  # as far as it comes
     overlay = await node.restart()
     with pytest.raises(NotFound):
         await overlay.stat(NS, "work")
@@ -181,6 +249,7 @@ async def test_ids_are_never_used_twice(node: Node, overlay: OverlaySnapshotter)
         (mount,) = await overlay.prepare(NS, "work", "")
         assert mount.source == files(node, number)
         await overlay.remove(NS, "work")
+        await overlay.close()
         assert node.directories() == []
         overlay = await node.restart()
 
@@ -196,6 +265,7 @@ async def test_removal_goes_on_after_a_failure(
     with monkeypatch.context() as patch:
         patch.setattr("services.containerd.snapshots.tree.remove", fail)
         await overlay.remove(NS, "work")
+        await overlay.close()
     assert [name.startswith("rm-1-") for name in node.directories()] == [True]
     await overlay.cleanup()
     assert node.directories() == []
