@@ -7,7 +7,6 @@ and for a wrong command line; 1 for any other failure.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from importlib import import_module
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from services.cli.commands import ENTRIES, overview
 from services.cli.parser import Parser, UsageError
 from services.common import VERSION
+from services.common.late_modules import PROTOBUF_IN_PYTHON, load_late
 from services.common.request import new_request_id, request_id
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _main(given: list[str]) -> int:
     if name not in ENTRIES:
         raise UsageError(f"'{name}' is not a theseus command.", "See 'theseus --help'.")
     entry = ENTRIES[name]
+    _import_less()
     command: Command = import_module(entry.module).COMMANDS[name]
     parser = Parser(f"theseus {name}", entry.usage, entry.summary)
     command.arguments(parser)
@@ -86,8 +87,17 @@ def _global_options(given: list[str]) -> Namespace:
     return parser.parse(given)
 
 
+def _import_less() -> None:
+    """Leave out what commands have no use for, but would import: a tenth of what they take."""
+    load_late(PROTOBUF_IN_PYTHON)
+    # asyncio does without ssl, and what a command speaks to is a Unix socket.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # see importlib: not found
+
+
 def _run(command: Command, arguments: Namespace, options: Namespace) -> int:
-    # Imported late: help and wrong command lines are answered without gRPC.
+    # Imported late: help and wrong command lines are answered without gRPC and asyncio.
+    import asyncio
+
     from services.cli.engine import Engine
     from services.cli.failure import report
     from services.common.errors import TheseusError

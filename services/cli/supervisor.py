@@ -15,7 +15,6 @@ import socket
 import struct
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,6 +22,7 @@ import structlog
 
 from services.common.background import Background
 from services.common.errors import FailedPrecondition, TheseusError
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ _PROBE_TIMEOUT_S = 5.0
 _PROBE_PAUSE_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tier:
     """A program to keep running.
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common import linux
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ _ID_END = 1 << 32
 _MAX_LINES = 340  # user_namespaces(7)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IdMap:
     """Ids inside of a user namespace and outside, as they are written; both or none are empty."""
 

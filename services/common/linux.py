@@ -14,8 +14,9 @@ import fcntl
 import os
 import signal
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+
+from services.common.frozen import frozen
 
 MADV_MERGEABLE = 12
 MS_RDONLY = 0x1
@@ -151,7 +152,7 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InotifyEvent:
     """One event of inotify(7): the watch it belongs to, its mask, and the entry's name."""
 

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import functools
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ import structlog
 
 from services.common import idmap, linux
 from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,7 +87,7 @@ class MountFailed(FailedPrecondition):
     """The kernel refused a mount; the message has its reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mount:
     """One mount, shaped like the arguments of mount(2).
 
@@ -104,7 +104,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MountOptions:
     """Options split the way mount(2) wants them.
 

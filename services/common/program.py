@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from services.common import tracing
 from services.common.errors import PermissionDenied, TheseusError
+from services.common.late_modules import PROTOBUF_IN_PYTHON, load_late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +43,10 @@ def import_grpc() -> None:
     wait for sockets, and hand over to it: 11 changes of threads for a call, and a fifth of its
     processor time. Without the event engine for sockets that one thread does both: 6 changes.
     What the environment says of experiments goes first.
+
+    Of protobuf, which comes after it, a part is not loaded.
     """
+    load_late(PROTOBUF_IN_PYTHON)
     if _EXPERIMENTS in os.environ:
         importlib.import_module("grpc")
         return

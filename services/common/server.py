@@ -15,7 +15,6 @@ import asyncio
 import re
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -25,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.common import errors, tracing
 from services.common.client import MESSAGE_LIMIT_BYTES, NAMESPACE_KEY
+from services.common.frozen import frozen
 from services.common.log import REQUEST_ID_KEY, new_request_id, request_id
 from services.common.rpc_errors import to_status
 from services.common.sockets import Place, check_socket_path, let_group_in
@@ -51,7 +51,7 @@ _GO_NAMES = {
 _REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Service:
     """One service of a server.
 

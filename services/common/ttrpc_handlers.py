@@ -6,7 +6,6 @@ to a call may depend on the method alone. Nothing of gRPC's runtime is started: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from protos.containerd.ttrpc import request_pb2
+from services.common.frozen import frozen
 from services.common.rpc_errors import DETAILS_KEY
 from services.common.ttrpc import status
 from services.common.ttrpc.frames import MessageTooLarge
@@ -95,7 +95,7 @@ class Handlers:
         return await self._interceptors[number].intercept_service(following, details)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Details:
     method: str
     invocation_metadata: tuple[tuple[str, str], ...] = ()

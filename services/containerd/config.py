@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common import VERSION, log
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
 from services.containerd.runtimes import OUR_RUNTIMES
 
@@ -22,7 +23,7 @@ _WAITING_SHIMS_MAX = 64
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Config:
     """Everything that can be configured.
 

@@ -11,10 +11,10 @@ Everything else in such a file is upstream's business, or an option of the comma
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument, TheseusError, Unimplemented
+from services.common.frozen import frozen
 from services.containerd.identifiers import checked_identifier
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ BUILT_IN = ("overlayfs", "native")
 """Snapshotters that are always there."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProxySnapshotter:
     """A snapshotter that another service is: its name, the service's socket, what it can do."""
 

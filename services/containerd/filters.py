@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ _POSIX_CLASSES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Selector:
     """One condition. ``operator`` is empty where the field only has to be there."""
 
@@ -80,7 +80,7 @@ class Selector:
         return self.pattern.search(found or "") is not None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Filter:
     """Alternatives, each a list of conditions. Without alternatives it matches all."""
 

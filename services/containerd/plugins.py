@@ -7,9 +7,10 @@ upstream's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.containerd.filters import parse
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _SERVED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Plugin:
     """One part. ``error`` says why it cannot be used; empty: it can."""
 
@@ -67,7 +68,7 @@ class Plugin:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Plugged:
     """What is told of a snapshotter: ``root``, its directory, or ``address``, its socket."""
 

@@ -6,12 +6,12 @@ import argparse
 import ipaddress
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common import VERSION, log
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _RUNTIMES = ("runc", "crun")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Config:
     """Everything that can be configured.
 

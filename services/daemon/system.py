@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from services.common import VERSION
 from services.common.errors import TheseusError
+from services.common.frozen import frozen
 from services.daemon.containers.oci_runtimes import cgroup_layout
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Peer(Protocol):
         """Its version; empty when it does not answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Versions:
     """Versions of what works together; ``containerd`` is empty when it does not answer."""
 
@@ -41,7 +41,7 @@ class Versions:
     containerd: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SystemInfo:
     """State of the engine and of the machine. ``warnings`` are sentences for its user."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from services.daemon.containers.manager import ContainerManager
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UpgradedShim:
     """What became of the shim of one container; ``error`` is empty when it was upgraded."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ _KILL_LIMIT_S = 5.0
 _KILL_PAUSE_S = 0.002
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cgroup:
     """Directories of one cgroup.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ _KEPT = "checkpoint"
 _WORK = "criu-work"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CheckpointImage:
     """A container's saved state, to be restored.
 

@@ -7,11 +7,12 @@ is read from a configuration file.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 _TEXT_MAX_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimConfig:
     """Settings of one shim.
 

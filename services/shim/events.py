@@ -8,8 +8,9 @@ stays in the spool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,7 @@ TASK_RESUMED = "/tasks/resumed"
 TASK_CHECKPOINTED = "/tasks/checkpointed"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """One event: its topic says which message ``fields`` stand for."""
 

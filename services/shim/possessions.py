@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Self
+
+from services.common.frozen import frozen
 
 _FDS = "/proc/self/fd"
 _TURNS = 10
 _THREAD_END_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Possessions:
     """What the process has at some moment.
 

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from services.common import linux
 from services.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from services.common.frozen import frozen
 from services.shim.bundle import plain
 from services.shim.stdio.uris import Stdio
 
@@ -91,7 +92,7 @@ EXEC_TRANSITIONS: Transitions = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExitRecord:
     """How a process ended.
 

@@ -16,7 +16,6 @@ import os
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common import linux
+from services.common.frozen import frozen
 from services.shim.futures import finish
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _RESET_SIGNALS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Exit:
     """The end of one process.
 

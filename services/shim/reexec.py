@@ -23,7 +23,6 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +30,7 @@ import structlog
 
 from services.common import VERSION, linux, tracing
 from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
+from services.common.frozen import frozen
 from services.shim import handover
 from services.shim.runtimes import invocation
 
@@ -57,7 +57,7 @@ _QUIET_LIMIT_S = 60.0
 _WORDS_MAX = 500
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Attempt:
     """The last re-execution of this process.
 

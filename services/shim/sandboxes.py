@@ -13,10 +13,11 @@ import asyncio
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from services.shim.member import Member
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 FILE = "sandbox.json"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sandbox:
     """One sandbox; a time of 0 has not come yet."""
 

@@ -16,11 +16,11 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.common.frozen import frozen
 from services.shim.bundle import read_file, replace_file
 from services.shim.events import Event
 
@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 _RECENT = 8
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SpooledEvent:
     """An event with its sequence number and the time at which it happened."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.shim.keeping import Keeping
 from services.shim.stdio.process_io import ProcessIo, open_io
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from services.shim.stdio.uris import Stdio
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Surroundings:
     """What a container shares with the others of its home.
 

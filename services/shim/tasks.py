@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, TheseusError
+from services.common.frozen import frozen
 from services.common.mounts import Mount
 from services.shim.bundle import Bundle
 from services.shim.container import Container
@@ -46,7 +47,7 @@ _DEATH_LIMIT_S = 10.0
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CreateRequest:
     """What Create asks for.
 
@@ -67,7 +68,7 @@ class CreateRequest:
     image: CheckpointImage | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Defaults:
     """What holds for containers that ask for nothing else.
 
@@ -84,7 +85,7 @@ class Defaults:
     runtime_timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Leaving:
     """A deleted container that the runtime still has to forget."""
 

@@ -108,6 +108,16 @@ async def test_pausing_while_the_daemon_was_down_is_seen(made):
     assert (await made.get("one")).state == PAUSED
 
 
+async def test_the_daemon_is_sent_only_the_events_that_it_deals_with(made):
+    identity = await made.run("one", **QUIET)
+    made.node.world.note("/containers/update", events.TaskExit(container_id=identity))
+    made.node.world.end(identity, 1)
+    assert (await made.wait("one")).code == 1
+    assert made.node.world.told == ["/tasks/exit"]
+    await made.restart()  # it knows how far it has come
+    assert made.node.world.told == ["/tasks/exit"]
+
+
 async def test_events_are_dealt_with_once_across_restarts(made):
     identity = await made.run("one", **QUIET)
     made.node.world.end(identity, 1)

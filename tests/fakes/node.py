@@ -87,6 +87,7 @@ class World:
         self.images = {}  # name -> (media type, digest, size, updated at)
         self.blobs = {}
         self.journal = []
+        self.told = []  # topics of the events that the daemon was sent
         self.journal_changed = asyncio.Event()
         self.pids = itertools.count(1000)
         self.clock_ns = itertools.count(2_000_000_000 * NANOSECONDS, 1_000_000)
@@ -555,8 +556,11 @@ class _Journal(journal_pb2_grpc.JournalServicer):
             while position < len(world.journal):
                 entry = world.journal[position]
                 position += 1
-                yield journal_pb2.ReadResponse(entry=entry, next_seq=position + 1)
+                if not request.topics or entry.topic in request.topics:
+                    world.told.append(entry.topic)
+                    yield journal_pb2.ReadResponse(entry=entry, next_seq=position + 1)
             if request.no_follow:
+                yield journal_pb2.ReadResponse(next_seq=position + 1)
                 return
             await world.journal_changed.wait()
 

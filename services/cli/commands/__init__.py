@@ -6,8 +6,7 @@ has a dictionary ``COMMANDS`` from its commands' names to :class:`Command`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from services.cli.parser import Parser
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """What a command takes and does.
 
     Attributes:
@@ -32,8 +30,7 @@ class Command:
     failure: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a command lives, and what its help says."""
 
     module: str

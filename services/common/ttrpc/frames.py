@@ -13,8 +13,9 @@ on.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ NO_DATA = 0x4
 _HEADER = struct.Struct(">IIBB")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Frame:
     """One frame."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -21,6 +20,7 @@ from google.rpc import status_pb2
 from protos.containerd.ttrpc import request_pb2
 from services.common.background import Background
 from services.common.errors import TheseusError
+from services.common.frozen import frozen
 from services.common.request import new_request_id, request_id
 from services.common.ttrpc import status
 from services.common.ttrpc.connection import FrameConnection
@@ -254,7 +254,7 @@ class _Connection:
         self._frames.send(Frame(stream_id, RESPONSE, response.SerializeToString()).pack())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Method:
     """A unary method: the class of its request, and what answers it."""
 

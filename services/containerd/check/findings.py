@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, StrEnum
+
+from services.common.frozen import frozen
 
 
 class Severity(StrEnum):
@@ -27,7 +28,7 @@ class Kind(Enum):
     DIRECTORY = "directory"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Finding:
     """One thing that is not as it should be.
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 from services.containerd.check.findings import Finding, Kind, Severity
 from services.containerd.check.quick import name_of
 from services.containerd.diff import changes
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _MISSING = "its files are missing"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LayerCheck:
     """Checks the snapshots of one snapshotter.
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.containerd.check.findings import Finding, Kind, Severity
 from services.containerd.metadata import content, snapshots
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from services.common.database import Database
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Records:
     """What rows say that there are files of.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from services.containerd.typed import TypedValue
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Container:
     """What is recorded of a container. Times are 0 until it is.
 

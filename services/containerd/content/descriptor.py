@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Platform:
     """What a program runs on, in the words of Go's GOOS and GOARCH."""
 
@@ -20,7 +22,7 @@ class Platform:
     os_features: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Descriptor:
     """What a blob is, which bytes it has, and how many.
 

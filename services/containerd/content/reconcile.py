@@ -11,15 +11,16 @@ Rows and files fall apart in four ways, by the crash order that ``local.py`` sta
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Leftovers:
     """What files and rows do not have in common.
 

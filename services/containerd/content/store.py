@@ -17,8 +17,10 @@ not referenced yet. Nothing here keeps a blob alive by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -33,7 +35,7 @@ MANIFEST_MAX_BYTES = 4 << 20
 """Largest JSON document (index, manifest, configuration) that is read into memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ContentInfo:
     """What is recorded of a blob in one namespace."""
 
@@ -44,7 +46,7 @@ class ContentInfo:
     updated_at_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IngestStatus:
     """How far a write has come. ``total_bytes`` is 0 and ``expected`` empty if not known."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from services.common.errors import FailedPrecondition
+from services.common.frozen import frozen
 from services.containerd.content.digest import split_digest
 from services.containerd.content.store import IngestStatus
 from services.containerd.uninterrupted import uninterrupted
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
             """Free the ref of a writer that is closed."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Publication:
     """A verified ingest on its way to become a blob.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.containerd.diff.attributes import OPAQUE_ATTRIBUTE, kept_attributes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class NotSelfContained(Exception):
     """The upper directory refers to the layers below it: it cannot be read by itself."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Change:
     """An entry that was made or changed, or has gone.
 

@@ -16,6 +16,7 @@ import services
 from services.common import errors
 from services.common.background import Background
 from services.common.errors import Internal, TheseusError
+from services.common.frozen import frozen
 from services.containerd.diff.applier import LowerNeeded
 from services.containerd.uninterrupted import uninterrupted
 
@@ -32,7 +33,7 @@ _END_S = 5.0
 _IDLE_S = 30.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@frozen
 class JobResult:
     """An uncompressed tar: its digest and size."""
 

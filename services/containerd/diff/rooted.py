@@ -12,10 +12,10 @@ import os
 import posixpath
 import shutil
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common import linux
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ _RESOLVE = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
 _DEFAULT_ACL = "system.posix_acl_default"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Directory:
     """An open directory.
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.errors import OutOfRange, Unavailable
+from services.common.frozen import frozen
 from services.containerd.metadata import journal as rows
 from services.containerd.typed import TypedValue
 
@@ -48,7 +48,7 @@ class Truncated(OutOfRange):
         self.first_seq = first_seq
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class JournalEntry:
     """One event and its message."""
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from services.common.errors import NotFound, TheseusError
+from services.common.frozen import frozen
 from services.containerd.gc.graph import LEASES, Graph, Node
 from services.containerd.leases.lease import CONTENT, IMAGES, INGESTS, SNAPSHOTS_PREFIX
 from services.containerd.metadata import content, images, leases, references
@@ -48,7 +48,7 @@ class CollectedSnapshots(Protocol):
         """Remove the files of snapshots that have no row any more."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Collection:
     """What a collection did."""
 

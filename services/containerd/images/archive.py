@@ -15,7 +15,7 @@ import posixpath
 import re
 import secrets
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import (
@@ -25,6 +25,7 @@ from services.common.errors import (
     InvalidArgument,
     NotFound,
 )
+from services.common.frozen import frozen
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.content.digest import digest_of
 from services.containerd.content.labels import UNCOMPRESSED
@@ -58,7 +59,7 @@ _BLOB = re.compile(r"blobs/([a-z0-9]+)/([0-9a-f]+)")
 _USELESS = re.compile(r"repositories|(?:.*/)?VERSION|.*/json")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ArchiveLimits:
     """Bounds of an archive, uncompressed.
 
@@ -264,7 +265,7 @@ async def store_blob(
         raise
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Contents:
     documents: dict[str, bytes]
     blobs: dict[str, Descriptor]
@@ -282,7 +283,7 @@ class _Contents:
         return self.blobs[name]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _DockerImage:
     config: str
     tags: tuple[str, ...]

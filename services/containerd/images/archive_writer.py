@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import DataLoss, InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.content.digest import hasher
 from services.containerd.content.labels import DISTRIBUTION_SOURCE
 from services.containerd.images.archive import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from services.containerd.images.platform import PlatformMatcher
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExportOptions:
     """What of the images goes into an archive.
 

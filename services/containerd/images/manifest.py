@@ -7,10 +7,11 @@ they make up a tree is :mod:`services.containerd.images.tree`'s business.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.content.digest import split_digest
 from services.containerd.images.media_types import is_index, is_manifest, is_schema_1
@@ -31,7 +32,7 @@ class MalformedManifest(InvalidArgument):
     """An index, a manifest or a configuration is not what it should be."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Manifest:
     """One image: its configuration and its layers, lowest first; or any other artifact.
 
@@ -47,7 +48,7 @@ class Manifest:
     artifact_type: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImageConfig:
     """What the engine itself needs of a configuration.
 

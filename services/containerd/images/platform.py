@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.content.descriptor import Platform
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def host_platform() -> Platform:
     return replace(platform, variant="v8") if platform.architecture == "arm64" else platform
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PlatformMatcher:
     """Ranks platforms by a list of wanted ones, best first; an empty list wants all alike."""
 

@@ -11,9 +11,10 @@ that people type, and that archives carry, go through ``parse_familiar_name`` fi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.content.digest import is_digest, split_digest
 
 DEFAULT_DOMAIN = "docker.io"
@@ -32,7 +33,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _IDENTIFIER = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reference:
     """A parsed name. ``str()`` gives it back as it is written.
 

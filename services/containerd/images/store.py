@@ -6,8 +6,10 @@ does not parse it. The target is a descriptor of an index or a manifest, which n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from services.containerd.content.descriptor import Descriptor
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Image:
     """What is recorded of an image. Times are 0 until it is."""
 

@@ -7,10 +7,10 @@ clients of containerd write. Layers themselves are read elsewhere.
 from __future__ import annotations
 
 import tarfile
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import DataLoss, InvalidArgument, ResourceExhausted
+from services.common.frozen import frozen
 from services.containerd.content.store import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _END = bytes(_BLOCK_BYTES)
 _EXTENSION_MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TarEntry:
     """A member of an archive; ``link`` is the target of a symbolic or hard link, or empty."""
 

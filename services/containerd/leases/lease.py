@@ -18,9 +18,10 @@ sets ``current_lease`` for that request.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.frozen import frozen
 from services.containerd.metadata.leases import add_resource
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def snapshots_type(snapshotter: str) -> str:
     return SNAPSHOTS_PREFIX + snapshotter
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Lease:
     """What is recorded of a lease."""
 
@@ -73,7 +74,7 @@ class Lease:
     created_at_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resource:
     """Something that a lease keeps.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     import sqlite3
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 _TABLES = ("namespaces", "blobs", "ingests", "images", "snapshots", "containers", "leases")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Figures:
     """How much there is. ``objects`` counts rows by the name of their table."""
 

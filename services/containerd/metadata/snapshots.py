@@ -7,7 +7,6 @@ directory is made before the row.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import (
@@ -16,6 +15,7 @@ from services.common.errors import (
     InvalidArgument,
     NotFound,
 )
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     import sqlite3
@@ -33,7 +33,7 @@ FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent_id
 """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Space:
     """Where a key is looked up: one snapshotter's snapshots in one namespace."""
 
@@ -41,7 +41,7 @@ class Space:
     namespace: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SnapshotRow:
     """A row, with the parent's key beside its id; ``parent_id`` is None on nothing.
 

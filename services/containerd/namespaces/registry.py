@@ -6,10 +6,11 @@ only when it is deleted, and that only when it holds no image, blob, container o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.common.frozen import frozen
 from services.containerd.content.labels import checked_labels
 from services.containerd.identifiers import checked_identifier
 from services.containerd.metadata import namespaces as rows
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from services.containerd.events.sink import EventSink
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Namespace:
     """What is recorded of a namespace."""
 

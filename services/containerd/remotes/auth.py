@@ -12,12 +12,12 @@ import base64
 import json
 import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
 from services.common.errors import DataLoss, FailedPrecondition, Unauthenticated, Unavailable
+from services.common.frozen import frozen
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.remotes.body import bytes_body
 from services.containerd.remotes.http import SYSTEM_TRANSPORT, read_bounded
@@ -40,7 +40,7 @@ _PARAMETER = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Challenge:
     """One way to authorize that a server offers; the scheme is lower case."""
 
@@ -48,7 +48,7 @@ class Challenge:
     parameters: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Token:
     header: str
     expires_at_s: float

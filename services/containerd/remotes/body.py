@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Body:
     """Some bytes to send.
 

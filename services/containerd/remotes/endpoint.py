@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from yarl import URL
 
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.images.reference import DEFAULT_DOMAIN
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Capability(StrEnum):
 ALL_CAPABILITIES = frozenset(Capability)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TlsSettings:
     """What differs from the system's trust.
 
@@ -73,7 +74,7 @@ class TlsSettings:
         return context
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Endpoint:
     """One host that serves a registry's images.
 

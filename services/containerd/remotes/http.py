@@ -10,7 +10,6 @@ import asyncio
 import importlib
 import ssl
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ _REDIRECTS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HttpLimits:
     """Bounds of one request.
 
@@ -58,7 +58,7 @@ class HttpLimits:
     connections_per_host: int = 16
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Transport:
     """How connections to a host, and to those that it sends us to, are made.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from services.containerd.images.reference import Reference
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Credentials:
     """What somebody shows to a registry. Nothing set: anonymous.
 
@@ -31,7 +33,7 @@ class Credentials:
     header: str = field(default="", repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RegistryAccess:
     """How a registry is spoken to.
 

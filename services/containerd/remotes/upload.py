@@ -8,13 +8,14 @@ in one request after all.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 from yarl import URL
 
 from services.common.errors import DataLoss, FailedPrecondition, Unavailable
+from services.common.frozen import frozen
 from services.containerd.images.manifest import parse_manifest
 from services.containerd.images.media_types import OCTET_STREAM, is_index, is_manifest
 from services.containerd.remotes.body import Body
@@ -41,7 +42,7 @@ class _NoChunks(Exception):
     """The registry does not take a blob in chunks."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Upload:
     """A session: where the next request goes, and how large a chunk must be at least."""
 

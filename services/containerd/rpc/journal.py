@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FIRST_SEQ_KEY = "theseus-first-seq"
 """Trailing metadata of OUT_OF_RANGE: the first event that is left."""
 
+_PASSED_OVER_MAX = 64
+
 
 class JournalService(journal_pb2_grpc.JournalServicer):
     """Serves the journal."""
@@ -37,8 +39,18 @@ class JournalService(journal_pb2_grpc.JournalServicer):
         entries = self._journal.read(
             from_seq, namespace=request.namespace, follow=not request.no_follow
         )
+        wanted = frozenset(request.topics)
+        passed_over, next_seq = 0, from_seq
         try:
             async for entry in entries:
+                next_seq = entry.seq + 1
+                if wanted and entry.topic not in wanted:
+                    passed_over += 1
+                    if passed_over == _PASSED_OVER_MAX:
+                        passed_over = 0
+                        yield pb.ReadResponse(next_seq=next_seq)
+                    continue
+                passed_over = 0
                 yield pb.ReadResponse(
                     entry=pb.Entry(
                         seq=entry.seq,
@@ -47,8 +59,10 @@ class JournalService(journal_pb2_grpc.JournalServicer):
                         topic=entry.topic,
                         event=to_any(entry.event),
                     ),
-                    next_seq=entry.seq + 1,
+                    next_seq=next_seq,
                 )
+            if passed_over:
+                yield pb.ReadResponse(next_seq=next_seq)
         except Truncated as error:
             context.set_trailing_metadata(((FIRST_SEQ_KEY, str(error.first_seq)),))
             raise

@@ -5,8 +5,10 @@ A record is not the sandbox: whether there is one, and how it is, the controller
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from services.containerd.typed import TypedValue
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sandbox:
     """A sandbox' record.
 

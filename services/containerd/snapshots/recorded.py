@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from services.common.frozen import frozen
 from services.containerd.content.labels import checked_labels
 from services.containerd.metadata import snapshots as rows
 from services.containerd.snapshots.snapshotter import Kind, SnapshotInfo, Usage
@@ -55,7 +55,7 @@ class SnapshotIds:
         return self._highest
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NewSnapshot:
     """A snapshot on its way to get a row; ``parent`` is None on nothing."""
 

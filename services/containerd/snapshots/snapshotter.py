@@ -27,11 +27,12 @@ made of it by the caller; the others are the caller's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class Kind(IntEnum):
     COMMITTED = 3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SnapshotInfo:
     """What is recorded of a snapshot; ``name`` is the key of one that is not committed."""
 
@@ -68,7 +69,7 @@ class SnapshotInfo:
     updated_at_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Usage:
     """What a snapshot takes on the disk; a file with many links once.
 

@@ -29,12 +29,13 @@ import re
 import secrets
 import shutil
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.common import linux
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from services.common.frozen import frozen
 from services.common.sockets import check_socket_path
 from services.containerd.identifiers import checked_identifier
 from services.containerd.tasks.groups import group_of
@@ -50,7 +51,7 @@ GONE_FILE = "gone.json"
 DELETING_FILE = "deleting"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimRecord:
     """Content of shim.json. ``pid`` and ``start_time`` are 0 until the shim serves.
 
@@ -76,7 +77,7 @@ class ShimRecord:
     init: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bundle:
     """A bundle by its place; makes no promise that it exists."""
 
@@ -247,11 +248,10 @@ class Bundles:
         )
         draft = bundle.path.with_name(f".{id}.{secrets.token_hex(4)}")
         try:
-            self._sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
-            draft.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-            draft.mkdir(mode=0o700)
-            _write(draft / SHIM_FILE, json.dumps(asdict(record)).encode())
-            _write(draft / CONFIG_FILE, spec)
+            self._make_draft(draft)
+            # Whole or not at all, as the directory is.
+            (draft / SHIM_FILE).write_bytes(json.dumps(asdict(record)).encode())
+            (draft / CONFIG_FILE).write_bytes(spec)
             (draft / "rootfs").mkdir(mode=0o711)
             _open_to_mapped_root(draft, config)
             draft.rename(bundle.path)
@@ -263,6 +263,14 @@ class Bundles:
                 raise ResourceExhausted(f"no space for a bundle in {draft.parent}") from error
             raise
         return record
+
+    def _make_draft(self, draft: Path) -> None:
+        try:
+            draft.mkdir(mode=0o700)
+        except FileNotFoundError:  # it is the namespace's first
+            self._sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
+            draft.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            draft.mkdir(mode=0o700)
 
     def all(self) -> list[Bundle]:
         """Every bundle there is; clears away rubbish of interrupted steps. Blocks."""

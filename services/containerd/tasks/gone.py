@@ -7,10 +7,11 @@ No number stands in for what is not known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from services.common.errors import DataLoss, FailedPrecondition, NotFound
+from services.common.frozen import frozen
 from services.containerd.tasks.shim import (
     ProcessExit,
     ProcessInfo,
@@ -38,7 +39,7 @@ class ExitStatusLost(DataLoss):
     """A process ended and nobody can know how."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LastWords:
     """How one process ended: ``exit``, or ``lost``, the reason why that is not known."""
 
@@ -47,7 +48,7 @@ class LastWords:
     lost: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Epitaph:
     """What containerd knows of a task without a shim. ``processes`` are by exec id."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 from services.containerd.tasks.bundle import GONE_FILE
 from services.containerd.tasks.gone import Epitaph
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FoundBundle:
     """A bundle as it was found at start.
 

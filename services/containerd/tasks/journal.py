@@ -8,9 +8,10 @@ that is repeated after a crash finds what it said before.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.frozen import frozen
 from services.containerd.metadata import tasks as rows
 from services.containerd.typed import TypedValue
 
@@ -28,7 +29,7 @@ TOPIC_EXEC_ADDED = "/tasks/exec-added"
 TOPIC_LOST = "/tasks/lost"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimEvent:
     """One event out of a shim's spool; its message is not looked into."""
 
@@ -38,7 +39,7 @@ class ShimEvent:
     event: TypedValue
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExitNotice:
     """A process ended. ``exec_id`` is empty for init; ``exit`` is None where it is lost."""
 
@@ -47,7 +48,7 @@ class ExitNotice:
     exit: ProcessExit | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimNotice:
     """What became of a shim, for an event."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -28,6 +28,7 @@ from services.common.errors import (
     TheseusError,
     Unavailable,
 )
+from services.common.frozen import frozen
 from services.containerd.identifiers import checked_identifier
 from services.containerd.tasks.journal import TOPIC_DELETE
 from services.containerd.tasks.known import Standing
@@ -68,7 +69,7 @@ _WAIT_AGAIN_S = 0.05
 _WAIT_AGAIN_MAX_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskRequest:
     """What a client gives for a new task. ``runtime`` overrides the container's, if not empty."""
 

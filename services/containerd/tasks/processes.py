@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from services.common import linux
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PID_MAX = 1 << 22  # proc(5), pid_max
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProcessId:
     """A process by pid and start time (clock ticks since boot)."""
 

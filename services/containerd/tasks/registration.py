@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
+from services.common.frozen import frozen
 from services.containerd.tasks.journal import TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXIT
 from services.containerd.tasks.known import Standing
 from services.containerd.tasks.shim import ProcessState, TaskStatus
@@ -40,7 +40,7 @@ _STATUS = {
 _INSTANCE_ID = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HelloProcess:
     """A process as its shim reports it.
 
@@ -71,7 +71,7 @@ class HelloProcess:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Hello:
     """Who a shim is and what it holds."""
 
@@ -91,7 +91,7 @@ class Hello:
     last_seq: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Welcome:
     """containerd's answer."""
 

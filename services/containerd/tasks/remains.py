@@ -8,7 +8,6 @@ there. A pid without a start time is believed where that process is in the conta
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import structlog
 
 from services.common import linux
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 from services.containerd.tasks.processes import ProcessId
 from services.containerd.tasks.shim import ProcessExit, ProcessState, Stdio, TaskStatus
 
@@ -31,7 +31,7 @@ _RUNTIME_TIMEOUT_S = 20.0
 _OUTPUT_MAX = 4000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RemainingProcess:
     """A process that a shim knew. ``exit`` is set if it saw it end; ``pid`` is 0 before a start."""
 
@@ -45,7 +45,7 @@ class RemainingProcess:
         return ProcessId(self.pid, self.start_time) if self.pid and self.start_time else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Remains:
     """Content of state.json. ``runtime`` is empty where there was no container.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from services.containerd.typed import TypedValue
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NewSandbox:
     """What a shim needs to make a sandbox."""
 
@@ -23,7 +25,7 @@ class NewSandbox:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartedSandbox:
     """A sandbox that was started."""
 
@@ -32,7 +34,7 @@ class StartedSandbox:
     spec: TypedValue | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SandboxEnd:
     """How a sandbox ended."""
 
@@ -40,7 +42,7 @@ class SandboxEnd:
     exited_at_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SandboxStatus:
     """A sandbox as its shim describes it."""
 

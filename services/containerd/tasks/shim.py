@@ -10,11 +10,12 @@ An exit status is true or it is not given: where nobody can know it, ``wait`` an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class TaskStatus(Enum):
     PAUSING = 5
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stdio:
     """Where the standard streams of a process go: URIs or paths; empty is /dev/null."""
 
@@ -52,7 +53,7 @@ class Stdio:
     terminal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CreateTask:
     """What a shim needs to create its container; config.json is in the bundle."""
 
@@ -63,7 +64,7 @@ class CreateTask:
     options: TypedValue | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProcessExit:
     """How a process ended: its true exit status, 128 plus the number for a death by signal."""
 
@@ -72,7 +73,7 @@ class ProcessExit:
     pid: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProcessState:
     """State of a process, as far as its shim knows it.
 
@@ -88,7 +89,7 @@ class ProcessState:
     exited_at_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProcessInfo:
     """A process found in the container, whoever started it."""
 
@@ -96,7 +97,7 @@ class ProcessInfo:
     info: TypedValue | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimInfo:
     """Answer of ``connect``: who the shim is. ``task_pid`` is 0 while there is no task."""
 
@@ -105,7 +106,7 @@ class ShimInfo:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProgramInfo:
     """Answer of ``info``: the program that a shim runs, and how often it was re-executed."""
 
@@ -113,7 +114,7 @@ class ProgramInfo:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reexecuted:
     """Answer of ``reexec``: what runs now."""
 
@@ -122,7 +123,7 @@ class Reexecuted:
     downtime_us: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimRequest:
     """What a shim is started with; ``instance_id`` is in the bundle's shim.json already.
 
@@ -141,7 +142,7 @@ class ShimRequest:
     ahead: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShimAddress:
     """A shim that serves, or is about to; ``line`` is what it was asked on, if it waited."""
 

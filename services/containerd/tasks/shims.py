@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ import structlog
 from services.common import linux
 from services.common.background import Background
 from services.common.errors import AlreadyExists, Unavailable
+from services.common.frozen import frozen
 from services.containerd.tasks.foreign import left_address
 from services.containerd.tasks.gone import GoneShim
 from services.containerd.tasks.inheritance import look_around
@@ -57,7 +58,7 @@ _REMOVE_AFTER_S = 0.02
 _TOLD_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Identity:
     """Who this run of containerd is, for shims: a random id, and a number that grows."""
 

@@ -171,9 +171,12 @@ class Undertaker:
         events = await asyncio.to_thread(
             read_spool, known.bundle, self._journal.codec.decode_spooled
         )
-        if events:
+        if not events:
+            return
+        # The last event stays on a spool when it is acknowledged: mostly it is all that is there.
+        if events[-1].seq > await self._journal.progress(known.instance_id):
             await self._journal.record(known.namespace, known.instance_id, events)
-            note_events(known, events, self._journal)
+        note_events(known, events, self._journal)
 
     async def _part(self, known: KnownShim, *, now: bool) -> bool:
         """See the shim's process serve it no longer; returns whether it does as it is asked.

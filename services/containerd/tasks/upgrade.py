@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.errors import DeadlineExceeded, TheseusError, Unavailable
+from services.common.frozen import frozen
 from services.containerd.tasks.processes import ProcessHandle
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _AGAIN_S = 0.05
 _KILL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Upgraded:
     """What became of one shim; ``error`` is empty when it was upgraded."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from services.containerd.transfer.progress import ProgressTracker
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UnpackLayer:
     """A layer and the digest of what is inside."""
 

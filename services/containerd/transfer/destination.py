@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 from services.containerd.images.archive import IMAGE_NAME, REF_NAME
 from services.containerd.images.media_types import is_index
 from services.containerd.images.platform import ALL_PLATFORMS, ordered
@@ -25,7 +26,7 @@ BACK_REFERENCE = "containerd.io/gc.bref.image"
 """Label of an image that goes with another one."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExtraName:
     """A further name, or the beginning of names: the contract's ``ImageReference``."""
 
@@ -36,7 +37,7 @@ class ExtraName:
     skip_named_digest: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unpacking:
     """What to unpack: a platform (None: the host's) into a snapshotter (empty: the default)."""
 
@@ -44,7 +45,7 @@ class Unpacking:
     snapshotter: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Destination:
     """What of an image is stored, and under which names.
 

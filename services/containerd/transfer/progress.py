@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.frozen import frozen
 from services.containerd.images.media_types import ref_key
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _INTERVAL_S = 0.3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Progress:
     """One report.
 

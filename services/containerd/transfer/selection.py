@@ -6,10 +6,10 @@ On the way, what refers to something gets the labels that keep it alive.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import NotFound
+from services.common.frozen import frozen
 from services.containerd.images.manifest import (
     ImageConfig,
     MalformedManifest,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from services.containerd.transfer.progress import ProgressTracker
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SelectedImage:
     """One manifest that is transferred with its layers.
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.disk import NO_FLOOR
 from services.common.errors import AlreadyExists, DataLoss, NotFound, TheseusError
+from services.common.frozen import frozen
 from services.common.mounts import Mount
 from services.containerd.content.digest import chain_ids
 from services.containerd.content.labels import UNCOMPRESSED
@@ -209,7 +209,7 @@ def _upper_alone(mounts: Sequence[Mount]) -> list[Mount]:
     return [Mount("overlay", "overlay", options=(f"upperdir={mounts[0].source}",))]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Below:
     """The layer below one: its chain id, and who makes its snapshot."""
 
@@ -217,7 +217,7 @@ class _Below:
     task: asyncio.Task[None]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Work:
     """One layer to unpack."""
 

@@ -31,6 +31,8 @@ _PLAIN: dict[
     "/tasks/paused": (EventKind.PAUSED, task_pb2.TaskPaused),
     "/tasks/resumed": (EventKind.RESUMED, task_pb2.TaskResumed),
 }
+_TOPICS = (_TOPIC_EXIT, _TOPIC_LOST, *_PLAIN)
+"""What is about our containers; most events are not."""
 
 
 class ContainerdJournal:
@@ -57,7 +59,9 @@ class ContainerdJournal:
 
     async def read(self, from_seq: int, *, follow: bool) -> AsyncIterator[RuntimeEvent]:
         """See the interface."""
-        request = pb.ReadRequest(namespace=self._connection.namespace, no_follow=not follow)
+        request = pb.ReadRequest(
+            namespace=self._connection.namespace, no_follow=not follow, topics=_TOPICS
+        )
         setattr(request, "from", from_seq)  # a word of Python
         with self._connection.calls():
             # Following has no deadline: it goes on for as long as both sides live.

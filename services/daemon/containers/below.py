@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,7 @@ def no_trace(_step: str) -> None:
     """Does nothing; tests of crashes put something else in its place."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Below:
     """What containers are made of, and made with.
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -33,7 +34,7 @@ ff02::2\tip6-allrouters
 _FALLBACK_SERVERS = ("8.8.8.8", "8.8.4.4")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HostFiles:
     """Where the host's own files are."""
 

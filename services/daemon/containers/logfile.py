@@ -14,9 +14,9 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.daemon.containers.runtime import StreamKind
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?Z")
 _STREAMS = {"stdout": StreamKind.STDOUT, "stderr": StreamKind.STDERR}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LogEntry:
     """A line with its end, or a part of a long one."""
 

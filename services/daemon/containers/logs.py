@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.daemon.containers.logfile import LogCursor, LogEntry
 from services.daemon.containers.runtime import StreamKind
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _BOTH = frozenset({StreamKind.STDOUT, StreamKind.STDERR})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LogSelection:
     """What of a log is wanted.
 

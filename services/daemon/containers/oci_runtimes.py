@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _VERSION_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OciRuntime:
     """One runtime. ``reason`` says why it is not usable; ``version`` is its first line."""
 

@@ -7,8 +7,10 @@ A record is created, changed and removed only through
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, NewType
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +51,7 @@ class MountKind(enum.StrEnum):
     TMPFS = "tmpfs"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mount:
     """A mount as asked for; as resolved, a volume's ``source`` is its name.
 
@@ -68,7 +70,7 @@ class Mount:
     anonymous: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PortMapping:
     """A published port. ``host_port`` 0 lets the engine pick one."""
 
@@ -78,7 +80,7 @@ class PortMapping:
     protocol: str = "tcp"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resources:
     """Limits; 0 means none."""
 
@@ -88,7 +90,7 @@ class Resources:
     cpu_shares: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ContainerConfig:
     """What the user asked for. Empty takes the image's value, then the engine's default.
 
@@ -122,7 +124,7 @@ class ContainerConfig:
     security_opt: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExitStatus:
     """How a process ended.
 
@@ -139,7 +141,7 @@ class ExitStatus:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Endpoint:
     """A container's place in a network."""
 
@@ -150,7 +152,7 @@ class Endpoint:
     mac_address: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ContainerRecord:
     """One container.
 
@@ -197,7 +199,7 @@ class ContainerRecord:
         return self.state in LIVE_STATES
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tombstone:
     """What is kept of a removed container for those who still wait for it."""
 
@@ -207,7 +209,7 @@ class Tombstone:
     removed_at_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExecConfig:
     """A further process, as asked for. Empty takes the container's value."""
 
@@ -231,7 +233,7 @@ class ExecState(enum.StrEnum):
     EXITED = "exited"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExecRecord:
     """One exec session.
 

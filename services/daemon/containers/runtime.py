@@ -7,14 +7,15 @@ classes of :mod:`services.common.errors`: ``Unavailable`` when containerd cannot
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RootMount:
     """A mount of a snapshot, as containerd describes it."""
 
@@ -24,7 +25,7 @@ class RootMount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stdio:
     """Where a process' standard streams go: empty is /dev/null, else a path or URI."""
 
@@ -44,7 +45,7 @@ class TaskStatus(enum.StrEnum):
     PAUSED = "paused"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskProcess:
     """A process as containerd knows it; the exit is meaningful once it has stopped."""
 
@@ -178,7 +179,7 @@ class EventKind(enum.Enum):
     OTHER = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RuntimeEvent:
     """One event of the journal.
 
@@ -220,7 +221,7 @@ class StreamKind(enum.Enum):
     STDERR = 2
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NewProcess:
     """A further process that is to be made and started: what :meth:`Tasks.exec` takes."""
 
@@ -228,7 +229,7 @@ class NewProcess:
     stdio: Stdio
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AttachTarget:
     """Which process, and what of its streams.
 
@@ -249,7 +250,7 @@ class AttachTarget:
     new: NewProcess | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Input:
     """Bytes for standard input; ``offset`` of the first in the whole input."""
 
@@ -257,12 +258,12 @@ class Input:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CloseInput:
     """Standard input ends."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resize:
     """The terminal has a new size."""
 
@@ -270,7 +271,7 @@ class Resize:
     height: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Started:
     """Coupled: input goes on at ``input_offset``, output at ``offset``; pid 0: not known."""
 
@@ -280,7 +281,7 @@ class Started:
     pid: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Output:
     """Bytes that the process wrote; ``offset`` of the first in the whole output."""
 
@@ -289,7 +290,7 @@ class Output:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gap:
     """Output that cannot be had any more: [from_offset, to_offset)."""
 
@@ -297,7 +298,7 @@ class Gap:
     to_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProcessEnd:
     """How a process ended."""
 
@@ -305,7 +306,7 @@ class ProcessEnd:
     exited_at_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Finished:
     """The output is complete; ``offset`` is its length, ``end`` that of the process, if told."""
 
@@ -313,7 +314,7 @@ class Finished:
     end: ProcessEnd | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Forgotten:
     """The process is deleted."""
 

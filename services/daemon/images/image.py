@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from services.daemon.spec.request import ImageConfig
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 ImageId = NewType("ImageId", str)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunImage:
     """What a container takes from its image.
 
@@ -27,7 +28,7 @@ class RunImage:
     config: ImageConfig
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Image:
     """One image of the node.
 
@@ -55,7 +56,7 @@ class Image:
     unpacked_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImageUser:
     """A container that was made from an image; ``running`` while it has processes."""
 
@@ -63,7 +64,7 @@ class ImageUser:
     running: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LayerProgress:
     """How far one layer, or one step, of a pull has come.
 

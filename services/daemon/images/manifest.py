@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import DataLoss
+from services.common.frozen import frozen
 from services.daemon.images.node import Descriptor, Platform
 from services.daemon.spec.request import ImageConfig
 
@@ -41,7 +41,7 @@ _CREATED = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Manifest:
     """One platform's image: its configuration and layers."""
 
@@ -49,7 +49,7 @@ class Manifest:
     layers: tuple[Descriptor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ParsedConfig:
     """What a configuration blob says."""
 

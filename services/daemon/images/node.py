@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Descriptor:
     """What an image's name points to."""
 
@@ -18,7 +20,7 @@ class Descriptor:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NamedImage:
     """One name in containerd's image store."""
 
@@ -28,7 +30,7 @@ class NamedImage:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TransferProgress:
     """One report of a transfer, in containerd's words (``downloading``, ``extracting``, ...).
 
@@ -47,7 +49,7 @@ class TransferProgress:
     total_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Platform:
     """For which machine."""
 
@@ -60,7 +62,7 @@ class Platform:
         return "/".join(part for part in parts if part)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RegistryCredentials:
     """What a user shows to a registry: a password, or one of the tokens."""
 

@@ -11,9 +11,9 @@ colon, or is ``localhost``, or has a capital letter.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 _DEFAULT_HOST = "docker.io"
 _OFFICIAL = "library/"
@@ -32,7 +32,7 @@ _NAME_MAX = 255
 _SHA256_HEX = 64
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reference:
     """A full reference. ``tag`` or ``digest`` or both are set."""
 

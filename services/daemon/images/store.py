@@ -21,6 +21,7 @@ from services.common.errors import (
     TheseusError,
     Unavailable,
 )
+from services.common.frozen import frozen
 from services.daemon.images import manifest
 from services.daemon.images.image import Image, ImageId, ImageUser, RunImage
 from services.daemon.images.progress import PullProgress
@@ -51,7 +52,7 @@ _REPORT_INTERVAL_S = 0.1
 _CACHE_MAX = 4096
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@frozen
 class RemovedImage:
     """What a removal took away: references, and ids of images that are gone altogether."""
 
@@ -59,7 +60,7 @@ class RemovedImage:
     deleted: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@frozen
 class _Entry:
     """An image with all names in containerd that lead to it."""
 

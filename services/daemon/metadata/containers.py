@@ -7,8 +7,9 @@ Every function takes the transaction first. Records travel as JSON objects: thei
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     import sqlite3
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _JOURNAL_SEQ = "journal_seq"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ContainerRow:
     """One container; ``record`` is what the columns do not say."""
 
@@ -28,7 +29,7 @@ class ContainerRow:
     record: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExecRow:
     """One exec session."""
 
@@ -37,7 +38,7 @@ class ExecRow:
     record: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TombstoneRow:
     """What is kept of a removed container."""
 

@@ -5,8 +5,9 @@ An endpoint's row is written before the kernel has anything of it, and deleted l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     import sqlite3
@@ -45,7 +46,7 @@ CREATE TABLE released_addresses (
 """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PortRow:
     """One published port; ``host_ip`` is never empty."""
 
@@ -55,7 +56,7 @@ class PortRow:
     container_port: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EndpointRow:
     """One endpoint as recorded."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     import sqlite3
@@ -24,7 +25,7 @@ CREATE TABLE volumes (
 """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class VolumeRow:
     """One volume as recorded."""
 

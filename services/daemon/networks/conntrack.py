@@ -13,11 +13,12 @@ import errno
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 import structlog
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -42,7 +43,7 @@ _HEADER = struct.Struct("=IHHII")
 _FAMILY = struct.pack("=BBH", socket.AF_INET, 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Tuple:
     source: IPv4Address
     destination: IPv4Address

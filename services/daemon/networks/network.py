@@ -11,10 +11,11 @@ Nothing that a running container needs lives in this process: packets are the ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -25,7 +26,7 @@ _DEFAULT_GATEWAY = IPv4Interface("10.77.0.1/16")
 ANY_ADDRESS = "0.0.0.0"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NetworkConfig:
     """A bridge network of the engine.
 
@@ -51,7 +52,7 @@ class NetworkConfig:
     mtu: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PortMapping:
     """One port of a container, published on the host.
 
@@ -68,7 +69,7 @@ class PortMapping:
     protocol: str = "tcp"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Endpoint:
     """One container's place in a network.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.frozen import frozen
 from services.daemon.spec.capabilities import names_of_mask
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -15,7 +15,7 @@ _CPU_ROOT = Path("/sys/devices/system/cpu")
 _X32_OPTIONS = ("CONFIG_X86_X32_ABI", "CONFIG_X86_X32")  # since Linux 5.18, and before
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HostFacts:
     """What this kernel and this process can do.
 

@@ -7,10 +7,10 @@ that are started in it later.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.daemon.spec.defaults import PATH_ENV
 from services.daemon.spec.limits import validate_env, validate_working_dir
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from services.daemon.spec.request import ImageConfig, Overrides, ResolvedUser
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExecRequest:
     """A further process in a container.
 

@@ -7,9 +7,11 @@ bind sources by :mod:`services.daemon.volumes`, the network namespace by
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +28,7 @@ class NetworkMode(Enum):
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImageConfig:
     """The part of an image's configuration that says how it is run.
 
@@ -48,7 +50,7 @@ class ImageConfig:
     stop_signal: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Overrides:
     """What the user asked for instead of the image's values; empty takes the image's.
 
@@ -65,7 +67,7 @@ class Overrides:
     tty: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ResolvedUser:
     """Numbers of the user that the process runs as.
 
@@ -80,7 +82,7 @@ class ResolvedUser:
     home: str = "/root"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resources:
     """Limits; 0 means none.
 
@@ -95,7 +97,7 @@ class Resources:
     cpu_shares: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Device:
     """A device node of the host, or a directory of them, to be had in the container.
 
@@ -108,7 +110,7 @@ class Device:
     permissions: str = "rwm"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rlimit:
     """One resource limit of the process; ``name`` as in ``RLIMIT_NOFILE``."""
 
@@ -117,7 +119,7 @@ class Rlimit:
     hard: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SpecRequest:
     """Everything that one configuration depends on, but for the host's own facts.
 

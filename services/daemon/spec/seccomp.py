@@ -11,10 +11,10 @@ of moby write by hand.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -37,7 +37,7 @@ _ARCHITECTURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Argument:
     """A condition on one argument of the call: ``op`` as libseccomp names it, without SCMP_CMP_."""
 
@@ -47,7 +47,7 @@ class Argument:
     value_two: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Condition:
     """When a rule counts. Empty fields do not ask anything.
 
@@ -62,7 +62,7 @@ class Condition:
     min_kernel: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rule:
     """What happens to some system calls; ``arguments`` must all hold."""
 
@@ -74,7 +74,7 @@ class Rule:
     unless: Condition = Condition()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Profile:
     """A whole filter; ``default_action`` is for calls that no rule names."""
 

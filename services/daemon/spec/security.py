@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.daemon.spec.seccomp import parse_profile
 from services.daemon.spec.seccomp_default import DEFAULT_PROFILE
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from services.daemon.spec.seccomp import Profile
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SecurityOptions:
     """What the options amount to; ``seccomp`` None means no filter."""
 

@@ -7,10 +7,10 @@ is named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.daemon.spec.layers import LayeredRoot
 from services.daemon.spec.request import ResolvedUser
 
@@ -22,7 +22,7 @@ _ID_MAX = 2**31 - 1
 _FILE_SIZE_MAX = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _PasswdEntry:
     name: str
     uid: int
@@ -30,7 +30,7 @@ class _PasswdEntry:
     home: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _GroupEntry:
     name: str
     gid: int

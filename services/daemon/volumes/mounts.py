@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import posixpath
 import re
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,7 +48,7 @@ class MountType(Enum):
     TMPFS = "tmpfs"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mount:
     """One mount as asked for.
 
@@ -68,7 +68,7 @@ class Mount:
     create_source: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ResolvedMount:
     """One mount whose source exists, with all that the runtime needs.
 

@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -24,6 +23,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
+from services.common.frozen import frozen
 from services.daemon.metadata import volumes as rows
 from services.daemon.volumes import copy_up
 from services.daemon.volumes.mounts import (
@@ -50,7 +50,7 @@ _REMOVED_PREFIX = ".removed-"
 _NAME_MAX = 255  # of a directory entry
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Volume:
     """One volume; ``mountpoint`` is its directory on the host."""
 

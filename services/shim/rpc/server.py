@@ -11,11 +11,11 @@ is told wait for that: containerd need not.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.common import sockets
 from services.common.errors import FailedPrecondition
+from services.common.frozen import frozen
 from services.common.server import Methods
 from services.common.sockets import Place, check_socket_path, let_group_in
 from services.common.ttrpc.server import TtrpcServer
@@ -134,7 +134,7 @@ class ShimServer:
             self._grpc.take(transport, data, self._place.path.parent)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listener:
     """A socket that listens.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common.frozen import frozen
 from services.shim.runtimes import sealed
 from services.shim.runtimes.programs import ENVIRONMENT
 from services.shim.runtimes.runtime import RuntimeMissing
@@ -23,7 +23,7 @@ _READ_BYTES = 65536
 _KILL_WAIT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outcome:
     """What came of a run.
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import TheseusError
+from services.common.frozen import frozen
 from services.shim.runtimes import catalogue, criu, programs
 from services.shim.runtimes.programs import Program
 from services.shim.runtimes.runtime import RuntimeMissing
@@ -30,7 +30,7 @@ _TIMEOUT_S = 5.0
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProbeResult:
     """What was found about one runtime.
 

@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 from services.shim.runtimes.runtime import RuntimeMissing
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _CONFIGURATION_MAX_BYTES = 1 << 20
 _BINARY_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,128}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Program:
     """A runtime's program.
 

@@ -8,10 +8,10 @@ bounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from services.common.errors import FailedPrecondition, Internal, InvalidArgument
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ COMMAND_NOT_FOUND = "COMMAND_NOT_FOUND"
 COMMAND_NOT_EXECUTABLE = "COMMAND_NOT_EXECUTABLE"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RuntimeOptions:
     """Which runtime a container has, and how it is run.
 
@@ -43,7 +43,7 @@ class RuntimeOptions:
     io_gid: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RuntimeStdio:
     """Descriptors that a new process of the container gets; the runtime passes on its own."""
 
@@ -52,7 +52,7 @@ class RuntimeStdio:
     stderr: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CheckpointRequest:
     """How a checkpoint is taken; the switches are criu's.
 

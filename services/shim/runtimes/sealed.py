@@ -16,10 +16,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,7 +39,7 @@ _SIZE_MAX_BYTES = 64 << 20
 Identity = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Copy:
     """Of the file that had that identity, in a descriptor of this process."""
 

@@ -22,10 +22,11 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,7 @@ _SPEC_MAX_BYTES = 16 << 20
 _LIBRARIES = "/etc/ld.so.cache"  # written anew when libseccomp is replaced
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wanted:
     """A filter that has to be compiled, and may be kept then: where it will be found."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 EXTENTS_MAX = 32768
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Extent:
     """A stretch of one stream in the joint output.
 

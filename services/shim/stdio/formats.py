@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from services.common.frozen import frozen
 from services.shim.stdio import cri, json_file
 from services.shim.stdio.lines import LineSplitter
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from services.shim.stdio.lines import Formatted, Run
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Chunk:
     """Formatted output that must not be torn apart except between lines.
 

@@ -5,8 +5,9 @@ A line longer than 16 KiB is cut into pieces, as docker and Kubernetes' runtimes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from services.common.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 LINE_MAX_BYTES = 16384
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Run:
     """A run of raw output that becomes log lines.
 
@@ -79,7 +80,7 @@ class LineSplitter:
             self._rest = b""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Formatted:
     """Log lines.
 

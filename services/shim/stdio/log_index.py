@@ -6,6 +6,8 @@ from bisect import bisect_right
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from services.common.frozen import frozen
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -13,7 +15,7 @@ INDEX_DISTANCE_BYTES = 256 << 10
 PLACES_MAX = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """Where a stretch of a stream begins in the log.
 

@@ -17,12 +17,13 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from services.common.errors import FailedPrecondition
+from services.common.frozen import frozen
 from services.shim.futures import finish
 from services.shim.handover import data_of
 from services.shim.stdio.formats import Chunk
@@ -47,7 +48,7 @@ _TORN_PIECE_BYTES = 65536
 _LOG_FILE_MODE = 0o640
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Item:
     stream: str
     data: bytes | None

@@ -21,6 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from services.common.errors import OutOfRange
+from services.common.frozen import frozen
 from services.shim.handover import data_of
 from services.shim.stdio import log_reader
 from services.shim.stdio.extents import Extents
@@ -42,7 +43,7 @@ _JOIN_MAX_BYTES = 16384
 _CHUNK_COST_BYTES = 160
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Piece:
     """Bytes of one stream at their offset."""
 
@@ -51,7 +52,7 @@ class Piece:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gap:
     """Bytes from ``start`` up to ``end`` that cannot be had any more."""
 

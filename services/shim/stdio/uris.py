@@ -12,11 +12,11 @@ theseus-stream:               no file: a bounded buffer for Streams.Attach; also
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from services.common.errors import InvalidArgument
+from services.common.frozen import frozen
 
 LOG_SCHEME = "theseus-log"
 STREAM_SCHEME = "theseus-stream"
@@ -24,7 +24,7 @@ FORMATS = ("json-file", "cri")
 """Of log files; the first is taken when none is named."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stdio:
     """The streams of a process as the caller named them."""
 
@@ -34,26 +34,26 @@ class Stdio:
     terminal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Nothing:
     """/dev/null."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Fifo:
     """A FIFO, or whatever lies at ``path``."""
 
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RawFile:
     """A file that the bytes are appended to."""
 
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Logger:
     """A program that reads the pipes."""
 
@@ -61,7 +61,7 @@ class Logger:
     arguments: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LogFile:
     """A log file of our own.
 
@@ -80,7 +80,7 @@ class LogFile:
     format: str = FORMATS[0]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Attachable:
     """Only what attached clients read or write."""
 

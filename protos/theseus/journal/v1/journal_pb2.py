@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'protos/theseus/journal/v1/journal.proto\x12\x12theseus.journal.v1\x1a\x19google/protobuf/any.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"S\n\x0bReadRequest\x12\x0c\n\x04\x66rom\x18\x01 \x01(\x04\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x11\n\tno_follow\x18\x03 \x01(\x08\x12\x10\n\x08\x66rom_end\x18\x04 \x01(\x08\"J\n\x0cReadResponse\x12(\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x19.theseus.journal.v1.Entry\x12\x10\n\x08next_seq\x18\x02 \x01(\x04\"\x8a\x01\n\x05\x45ntry\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12-\n\ttimestamp\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\r\n\x05topic\x18\x04 \x01(\t\x12#\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any2V\n\x07Journal\x12K\n\x04Read\x12\x1f.theseus.journal.v1.ReadRequest\x1a .theseus.journal.v1.ReadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'protos/theseus/journal/v1/journal.proto\x12\x12theseus.journal.v1\x1a\x19google/protobuf/any.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"c\n\x0bReadRequest\x12\x0c\n\x04\x66rom\x18\x01 \x01(\x04\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x11\n\tno_follow\x18\x03 \x01(\x08\x12\x10\n\x08\x66rom_end\x18\x04 \x01(\x08\x12\x0e\n\x06topics\x18\x05 \x03(\t\"J\n\x0cReadResponse\x12(\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x19.theseus.journal.v1.Entry\x12\x10\n\x08next_seq\x18\x02 \x01(\x04\"\x8a\x01\n\x05\x45ntry\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12-\n\ttimestamp\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\r\n\x05topic\x18\x04 \x01(\t\x12#\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any2V\n\x07Journal\x12K\n\x04Read\x12\x1f.theseus.journal.v1.ReadRequest\x1a .theseus.journal.v1.ReadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.theseus.journal.v1.j
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_READREQUEST']._serialized_start=123
-  _globals['_READREQUEST']._serialized_end=206
-  _globals['_READRESPONSE']._serialized_start=208
-  _globals['_READRESPONSE']._serialized_end=282
-  _globals['_ENTRY']._serialized_start=285
-  _globals['_ENTRY']._serialized_end=423
-  _globals['_JOURNAL']._serialized_start=425
-  _globals['_JOURNAL']._serialized_end=511
+  _globals['_READREQUEST']._serialized_end=222
+  _globals['_READRESPONSE']._serialized_start=224
+  _globals['_READRESPONSE']._serialized_end=298
+  _globals['_ENTRY']._serialized_start=301
+  _globals['_ENTRY']._serialized_end=439
+  _globals['_JOURNAL']._serialized_start=441
+  _globals['_JOURNAL']._serialized_end=527
 # @@protoc_insertion_point(module_scope)

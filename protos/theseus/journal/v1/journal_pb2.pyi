@@ -3,10 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -26,6 +28,7 @@ class ReadRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NO_FOLLOW_FIELD_NUMBER: _builtins.int
     FROM_END_FIELD_NUMBER: _builtins.int
+    TOPICS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Only events of this namespace; empty: all. Sequence numbers then have gaps."""
     no_follow: _builtins.bool
@@ -34,16 +37,24 @@ class ReadRequest(_message.Message):
     """Start behind the last event that exists now, whatever from says; the first response then carries
     only next_seq.
     """
+    @_builtins.property
+    def topics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only events of these topics; empty: all. After some dozens that were passed over, and at the end
+        of a read that does not follow, a response with next_seq alone says how far it has come. A server
+        of an earlier version sends all.
+        """
+
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         no_follow: _builtins.bool = ...,
         from_end: _builtins.bool = ...,
+        topics: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "from_end", b"from_end", "namespace", b"namespace", "no_follow", b"no_follow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "from_end", b"from_end", "namespace", b"namespace", "no_follow", b"no_follow", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
