@@ -52,7 +52,7 @@ class Config:
         max_archive_bytes: the largest archive that is imported.
         max_downloads: blobs that are fetched at once, in all; also those that are sent.
         unpack_workers: processes that unpack layers.
-        waiting_shims: shims that wait ready for a container; some 4 MiB each.
+        waiting_shims: shims that wait ready for a container; 4 MiB each, 7 after an earlier one.
         registry_hosts: directories with a hosts.toml, or certificates, for each registry.
         proxy_snapshotters: snapshotters that other services are.
         disk_reserve_bytes: room that is kept for records on a full disk.
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-address", default="", metavar="unix:PATH|HOST:PORT")
     add("--log-level", choices=log.LEVELS, default="info")
     add("--shim", default="", metavar="PROGRAM", help="default: theseus-shim beside Python")
-    add("--waiting-shims", type=int, default=2, metavar="N", help="kept ready; 4 MiB each")
+    add("--waiting-shims", type=int, default=2, metavar="N", help="kept ready; 4 to 7 MiB each")
     add(
         "--runtime",
         action="append",

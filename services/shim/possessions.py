@@ -15,8 +15,10 @@ from typing import Self
 from services.common.frozen import frozen
 
 _FDS = "/proc/self/fd"
-_TURNS = 10
-_THREAD_END_S = 0.05
+_TURNS = 5
+_LOOKS = 25
+_PAUSE_S = 0.002
+_THREAD_END_S = 0.5
 
 
 @frozen
@@ -73,10 +75,14 @@ async def left_over(before: Possessions) -> dict[str, object]:
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
             thread.join(_THREAD_END_S)  # it was told to end, and has nothing to do
-    for _ in range(_TURNS):
-        if not (found := Possessions.now().beside(before)):
+    found = Possessions.now().beside(before)
+    for look in range(_LOOKS):
+        if not found:
             break
-        await asyncio.sleep(0)  # what was closed is closed in the loop's next turns
+        # What was closed is closed in the loop's next turns; nothing tells that a thread which has
+        # ended has left the kernel, too.
+        await asyncio.sleep(0 if look < _TURNS else _PAUSE_S)
+        found = Possessions.now().beside(before)
     return found
 
 

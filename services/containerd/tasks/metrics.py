@@ -33,5 +33,5 @@ class TaskMetrics:
         )
         self.start_seconds = registry.histogram(
             "theseus_containerd_shim_start_seconds",
-            "Time from the request to the factory to a shim that serves.",
+            "Time from the request for a shim until it can be called.",
         )

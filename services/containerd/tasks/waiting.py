@@ -59,6 +59,7 @@ class WaitingShims:
         self._factory = factory
         self._places = places
         self._number = number
+        # Those that were shims before are on the right, and taken first: their pages are theirs.
         self._ready: deque[ShimLine] = deque()
         self._lines: set[ShimLine] = set()
         self._background = Background()
@@ -73,7 +74,7 @@ class WaitingShims:
         if not self._ready:
             return None
         self._changed.set()
-        return self._ready.pop()  # the one that waited last: its memory is its own already
+        return self._ready.pop()
 
     @property
     def place(self) -> Path | None:
@@ -155,7 +156,9 @@ class WaitingShims:
                 if reply:
                     line = ShimLine(connection, json.loads(reply), self)
                     self._lines.add(line)
-                    await self._welcome(line)
+                    if await self._welcome(line):
+                        self._ready.appendleft(line)
+                        self._changed.set()
                     return True
         except (ValueError, KeyError, TypeError) as error:
             log.warning("no shim waits ready", answer=reply, error=str(error))
@@ -167,8 +170,8 @@ class WaitingShims:
         connection.close()
         return False
 
-    async def _welcome(self, line: ShimLine) -> None:
-        """Have one ready that waits; raises OSError if it does not listen."""
+    async def _welcome(self, line: ShimLine) -> bool:
+        """Connect to one that waits; returns whether it still does, raises OSError if not."""
         if self._dial is not None:
             try:
                 line.way = await self._dial(self._places / f"{_NAME}{line.process.pid}")
@@ -176,14 +179,16 @@ class WaitingShims:
                 line.close()
                 raise
         if line in self._lines:
-            self._ready.append(line)
-            self._changed.set()
-        elif line.way is not None:  # it was killed meanwhile
+            return True
+        if line.way is not None:  # it was killed meanwhile
             line.way.close()
+        return False
 
     async def _welcome_back(self, line: ShimLine) -> None:
         try:
-            await self._welcome(line)
+            if await self._welcome(line):
+                self._ready.append(line)
+                self._changed.set()
         except OSError as error:
             log.info("waiting shim is gone", pid=line.process.pid, error=error.strerror)
 
