@@ -69,8 +69,10 @@ class MetricsEndpoint:
             ):
                 async with asyncio.timeout(_REQUEST_TIMEOUT_S):
                     head = await reader.readuntil(b"\r\n\r\n")
-                    writer.write(await self._answer(head))
-                    await writer.drain()
+                    answer = await self._answer(head)
+                    if not writer.is_closing():  # else uvloop's transport refuses it
+                        writer.write(answer)
+                        await writer.drain()
         finally:
             writer.close()
 

@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from services.common import tracing
 from services.common.errors import PermissionDenied, TheseusError
 from services.common.late_modules import PROTOBUF_IN_PYTHON, load_late
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 _EXPERIMENTS = "GRPC_EXPERIMENTS"
 
@@ -55,6 +55,14 @@ def import_grpc() -> None:
         importlib.import_module("grpc")
     finally:
         del os.environ[_EXPERIMENTS]  # it is read by now, and no business of children
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """As ``asyncio.run``, on libuv's loop: most of what these tiers do are short turns of it."""
+    # Imported late: --help and shims have no need of it.
+    from services.common.loop import run as run_to_end
+
+    run_to_end(main)
 
 
 def require_root(name: str, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -41,7 +40,7 @@ def _run() -> None:
     program.require_root(NAME, "mounts and makes devices")
     program.import_grpc()
     tracing.configure(NAME)
-    asyncio.run(_serve(config))
+    program.run_loop(_serve(config))
 
 
 async def _serve(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ def _run() -> None:
     program.require_root(NAME, "mounts and sets up networks")
     program.import_grpc()
     tracing.configure(NAME)
-    asyncio.run(_serve(config))
+    program.run_loop(_serve(config))
 
 
 async def _serve(config: Config) -> None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 _DEBIAN = ("docker.io", "containerd", "podman", "conmon", "netavark", "runc", "crun")
-_PYTHON = ("grpcio", "protobuf", "aiohttp")
+_PYTHON = ("grpcio", "protobuf", "uvloop", "aiohttp")
 
 
 @dataclass(frozen=True, slots=True)
