@@ -58,6 +58,7 @@ from services.containerd.rpc.journal import JournalService
 from services.containerd.rpc.leases import LeasesService, bind_lease
 from services.containerd.rpc.namespaces import NamespacesService
 from services.containerd.rpc.registry import RegistryService
+from services.containerd.rpc.runs import RunsService
 from services.containerd.rpc.served import late_services, services
 from services.containerd.rpc.shim_events import ShimEvents
 from services.containerd.rpc.shim_socket import ShimSocket
@@ -367,6 +368,7 @@ class App:
             "leases": LeasesService(self._leases, collect=self._gc.collect),
             "namespaces": NamespacesService(self._namespaces),
             "registry": RegistryService(shims),
+            "runs": RunsService(self._containers, tasks, self._moves.expect),
             "snapshots": SnapshotsService(self._snapshotters),
             "streams": StreamsService(tasks, self._draining),
             "tasks": TasksService(

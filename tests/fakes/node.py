@@ -8,7 +8,7 @@ are a restart. Processes are objects that tests end at will. Faults on demand:
     node.block("Tasks.Start")     calls wait until the event returned is set
 
 An attach that starts a process counts as "Streams.Run". With `node.older` set there is none: such
-an attach finds no exec, as in a shim of an older version.
+an attach finds no exec, as in a shim of an older version. Runs are served with `node.serves_runs`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from protos.containerd.types.transfer import streaming_pb2 as data_pb2
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
 from protos.theseus.shim.v1 import registry_pb2 as shim_pb2
 from protos.theseus.shim.v1 import streams_pb2, streams_pb2_grpc
+from protos.theseus.tasks.v1 import runs_pb2, runs_pb2_grpc
 
 NAMESPACE = "theseus"
 BUSYBOX = "docker.io/library/busybox:latest"
@@ -195,6 +196,7 @@ class FakeNode:
         self._lost = {}
         self.no_streams = ""
         self.older = False
+        self.serves_runs = False
         self._blocked = {}
         self._server = None
         self.gate = None
@@ -221,6 +223,7 @@ class FakeNode:
         streams_pb2_grpc.add_StreamsServicer_to_server(_Streams(self), add)
         streaming_pb2_grpc.add_StreamingServicer_to_server(_Streaming(self), add)
         transfer_pb2_grpc.add_TransferServicer_to_server(_Transfer(self), add)
+        runs_pb2_grpc.add_RunsServicer_to_server(_Runs(self), add)
         self.socket.unlink(missing_ok=True)
         self._server.add_insecure_port(f"unix:{self.socket}")
         await self._server.start()
@@ -502,6 +505,27 @@ class _Tasks(tasks_pb2_grpc.TasksServicer):
         process = await self._process(request, context)
         del self._world.tasks[request.container_id][request.exec_id]
         return tasks_pb2.DeleteResponse(exit_status=process.exit_code)
+
+
+class _Runs(runs_pb2_grpc.RunsServicer):
+    def __init__(self, node):
+        self._node = node
+
+    async def Run(self, request, context):
+        if not self._node.serves_runs:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "an older version")
+        world, task = self._node.world, request.task
+        identity = request.container.id
+        world.containers[identity] = request.container
+        if identity not in world.tasks:
+            stdio = (task.stdin, task.stdout, task.stderr)
+            process = Process(next(world.pids), tty=task.terminal, stdio=stdio)
+            world.tasks[identity] = {"": process}
+        process = world.tasks[identity][""]
+        if process.status == task_pb2.CREATED:
+            process.status = task_pb2.RUNNING
+            process.wake()
+        return runs_pb2.RunResponse(pid=process.pid)
 
 
 class _Images(images_pb2_grpc.ImagesServicer):

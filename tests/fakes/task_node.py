@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc, streams_pb2, streams_pb2_grpc
+from protos.theseus.tasks.v1 import runs_pb2, runs_pb2_grpc
 from services.common.client import connect
 from services.common.draining import Draining
 from services.common.metrics import Registry, ServerMetrics
@@ -22,6 +23,7 @@ from services.containerd.content.local import LocalContentStore
 from services.containerd.gc.lock import GcLock
 from services.containerd.metadata import meta
 from services.containerd.rpc.registry import RegistryService
+from services.containerd.rpc.runs import RunsService
 from services.containerd.rpc.streams import StreamsService, add_streams_to_server
 from services.containerd.rpc.tasks import TasksService
 from services.containerd.runtimes import OUR_RUNTIMES
@@ -129,6 +131,11 @@ class TaskNode:
                     registry_pb2.DESCRIPTOR.services_by_name["Registry"],
                 ),
                 Service(
+                    runs_pb2_grpc.add_RunsServicer_to_server,
+                    RunsService(self.metadata.containers, self.tasks, lambda: None),
+                    runs_pb2.DESCRIPTOR.services_by_name["Runs"],
+                ),
+                Service(
                     add_streams_to_server,
                     StreamsService(self.tasks, self.draining),
                     streams_pb2.DESCRIPTOR.services_by_name["Streams"],
@@ -200,6 +207,7 @@ class TaskClient:
     def __init__(self, socket: Path, namespace: str) -> None:
         self._channel = connect(socket, namespace=namespace)
         self.tasks = tasks_pb2_grpc.TasksStub(self._channel)
+        self.runs = runs_pb2_grpc.RunsStub(self._channel)
         self.streams = streams_pb2_grpc.StreamsStub(self._channel)
         self.registry = registry_pb2_grpc.RegistryStub(self._channel)
 

@@ -18,6 +18,7 @@ from protos.containerd.services.tasks.v1 import tasks_pb2, tasks_pb2_grpc
 from protos.containerd.services.version.v1 import version_pb2, version_pb2_grpc
 from protos.theseus.journal.v1 import journal_pb2, journal_pb2_grpc
 from protos.theseus.shim.v1 import registry_pb2, registry_pb2_grpc, streams_pb2
+from protos.theseus.tasks.v1 import runs_pb2, runs_pb2_grpc
 from services.common.late_services import LateServices
 from services.common.server import Service
 from services.containerd.rpc.streams import add_streams_to_server
@@ -40,6 +41,7 @@ _CONTRACTS: dict[str, tuple[Any, Callable[[Any, Any], None]]] = {
     "leases": (leases_pb2, leases_pb2_grpc.add_LeasesServicer_to_server),
     "namespaces": (namespace_pb2, namespace_pb2_grpc.add_NamespacesServicer_to_server),
     "registry": (registry_pb2, registry_pb2_grpc.add_RegistryServicer_to_server),
+    "runs": (runs_pb2, runs_pb2_grpc.add_RunsServicer_to_server),
     "snapshots": (snapshots_pb2, snapshots_pb2_grpc.add_SnapshotsServicer_to_server),
     "streams": (streams_pb2, add_streams_to_server),
     "tasks": (tasks_pb2, tasks_pb2_grpc.add_TasksServicer_to_server),

@@ -69,7 +69,7 @@ class TasksService(tasks_pb2_grpc.TasksServicer):
     ) -> pb.CreateTaskResponse:
         """See the contract."""
         namespace = request_namespace(context)
-        path = _checked_options(request)
+        path = checked_options(request)
         async with AsyncExitStack() as stack:
             if request.HasField("checkpoint"):
                 path = request.checkpoint.annotations.get(_RESTORE_FROM_PATH) or path
@@ -77,7 +77,9 @@ class TasksService(tasks_pb2_grpc.TasksServicer):
                     descriptor = from_descriptor(request.checkpoint)
                     restored = self._checkpoints.restored(namespace, descriptor)
                     path = str(await stack.enter_async_context(restored))
-            pid = await self._tasks.create(namespace, request.container_id, _task(request, path))
+            pid = await self._tasks.create(
+                namespace, request.container_id, task_request(request, path)
+            )
         return pb.CreateTaskResponse(container_id=request.container_id, pid=pid)
 
     async def Start(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
@@ -245,7 +247,8 @@ def _deleted(end: ProcessExit, exec_id: str = "") -> pb.DeleteResponse:
     )
 
 
-def _task(request: pb.CreateTaskRequest, checkpoint: str) -> TaskRequest:
+def task_request(request: pb.CreateTaskRequest, checkpoint: str) -> TaskRequest:
+    """What is asked for; ``checkpoint`` is the directory of one."""
     return TaskRequest(
         rootfs=tuple(
             Mount(mount.type, mount.source, mount.target, tuple(mount.options))
@@ -258,7 +261,7 @@ def _task(request: pb.CreateTaskRequest, checkpoint: str) -> TaskRequest:
     )
 
 
-def _checked_options(request: pb.CreateTaskRequest) -> str:
+def checked_options(request: pb.CreateTaskRequest) -> str:
     """The directory of the checkpoint that runc's options name; empty for none."""
     if not request.HasField("options"):
         options = oci_pb2.Options()

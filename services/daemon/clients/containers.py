@@ -14,9 +14,8 @@ from services.common.errors import AlreadyExists, NotFound
 from services.daemon.clients.connection import TIMEOUT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from services.daemon.clients.connection import Connection
+    from services.daemon.containers.runtime import NewContainer
 
 RUNTIME_NAME = "io.containerd.runc.v2"
 SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
@@ -31,6 +30,19 @@ def runtime_options(program: str) -> any_pb2.Any:
     )
 
 
+def container_to_pb(container: NewContainer) -> pb.Container:
+    """A record, as containerd has it."""
+    return pb.Container(
+        id=container.id,
+        labels=container.labels,
+        image=container.image,
+        runtime=pb.Container.Runtime(name=RUNTIME_NAME, options=runtime_options(container.runtime)),
+        spec=any_pb2.Any(type_url=SPEC_TYPE, value=json.dumps(container.spec).encode()),
+        snapshotter=container.snapshotter,
+        snapshot_key=container.id,
+    )
+
+
 class ContainerdContainers:
     """:class:`services.daemon.containers.runtime.RuntimeContainers` on containerd."""
 
@@ -38,33 +50,14 @@ class ContainerdContainers:
         self._connection = connection
         self._stub = containers_pb2_grpc.ContainersStub(connection.channel)
 
-    async def put(
-        self,
-        container_id: str,
-        *,
-        image: str,
-        spec: Mapping[str, Any],
-        snapshotter: str,
-        labels: Mapping[str, str],
-        runtime: str,
-    ) -> None:
+    async def put(self, container: NewContainer) -> None:
         """See the interface."""
-        request = pb.CreateContainerRequest(
-            container=pb.Container(
-                id=container_id,
-                labels=labels,
-                image=image,
-                runtime=pb.Container.Runtime(name=RUNTIME_NAME, options=runtime_options(runtime)),
-                spec=any_pb2.Any(type_url=SPEC_TYPE, value=json.dumps(spec).encode()),
-                snapshotter=snapshotter,
-                snapshot_key=container_id,
-            )
-        )
+        request = pb.CreateContainerRequest(container=container_to_pb(container))
         try:
             with self._connection.calls():
                 await self._stub.Create(request, timeout=TIMEOUT_S)
         except AlreadyExists:
-            await self.delete(container_id)
+            await self.delete(container.id)
             with self._connection.calls():
                 await self._stub.Create(request, timeout=TIMEOUT_S)
 

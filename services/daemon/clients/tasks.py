@@ -11,20 +11,21 @@ from protos.containerd.services.tasks.v1 import tasks_pb2 as pb
 from protos.containerd.services.tasks.v1 import tasks_pb2_grpc
 from protos.containerd.types import mount_pb2
 from protos.containerd.types.task import task_pb2
+from protos.theseus.tasks.v1 import runs_pb2, runs_pb2_grpc
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
     NotFound,
 )
 from services.daemon.clients.connection import TIMEOUT_S
-from services.daemon.clients.containers import PROCESS_TYPE, runtime_options
+from services.daemon.clients.containers import PROCESS_TYPE, container_to_pb, runtime_options
 from services.daemon.containers.runtime import TaskProcess, TaskStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from services.daemon.clients.connection import Connection
-    from services.daemon.containers.runtime import RootMount, Stdio
+    from services.daemon.containers.runtime import NewContainer, RootMount, Stdio
 
 _CREATE_TIMEOUT_S = 60.0
 _PROCESS_STATE = "PROCESS_STATE"  # a shim's reason: the process is past what was asked for
@@ -43,28 +44,13 @@ class ContainerdTasks:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._stub = tasks_pb2_grpc.TasksStub(connection.channel)
+        self._runs = runs_pb2_grpc.RunsStub(connection.channel)
 
     async def create(
         self, container_id: str, *, rootfs: Sequence[RootMount], stdio: Stdio, runtime: str
     ) -> int:
         """See the interface."""
-        request = pb.CreateTaskRequest(
-            container_id=container_id,
-            rootfs=[
-                mount_pb2.Mount(
-                    type=mount.type,
-                    source=mount.source,
-                    target=mount.target,
-                    options=mount.options,
-                )
-                for mount in rootfs
-            ],
-            stdin=stdio.stdin,
-            stdout=stdio.stdout,
-            stderr=stdio.stderr,
-            terminal=stdio.terminal,
-            options=runtime_options(runtime),
-        )
+        request = _create_request(container_id, rootfs, stdio, runtime)
         try:
             with self._connection.calls():
                 answer = await self._stub.Create(request, timeout=_CREATE_TIMEOUT_S)
@@ -74,6 +60,17 @@ class ContainerdTasks:
                 raise
             return present.pid
         return answer.pid
+
+    async def run(
+        self, container: NewContainer, *, rootfs: Sequence[RootMount], stdio: Stdio
+    ) -> int:
+        """See the interface."""
+        request = runs_pb2.RunRequest(
+            container=container_to_pb(container),
+            task=_create_request(container.id, rootfs, stdio, container.runtime),
+        )
+        with self._connection.calls():
+            return (await self._runs.Run(request, timeout=_CREATE_TIMEOUT_S)).pid
 
     async def start(self, container_id: str, exec_id: str = "") -> int:
         """See the interface."""
@@ -159,6 +156,28 @@ class ContainerdTasks:
                     await self._stub.Delete(task, timeout=TIMEOUT_S)
         except NotFound:
             return
+
+
+def _create_request(
+    container_id: str, rootfs: Sequence[RootMount], stdio: Stdio, runtime: str
+) -> pb.CreateTaskRequest:
+    return pb.CreateTaskRequest(
+        container_id=container_id,
+        rootfs=[
+            mount_pb2.Mount(
+                type=mount.type,
+                source=mount.source,
+                target=mount.target,
+                options=mount.options,
+            )
+            for mount in rootfs
+        ],
+        stdin=stdio.stdin,
+        stdout=stdio.stdout,
+        stderr=stdio.stderr,
+        terminal=stdio.terminal,
+        options=runtime_options(runtime),
+    )
 
 
 def _process(message: task_pb2.Process) -> TaskProcess:

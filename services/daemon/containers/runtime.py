@@ -55,29 +55,30 @@ class TaskProcess:
     exited_at_ns: int = 0
 
 
+@frozen
+class NewContainer:
+    """What containerd is told of a container.
+
+    Attributes:
+        image: its name, for people.
+        spec: OCI configuration.
+        snapshotter: has the snapshot with the container's id as key.
+        runtime: path of the OCI runtime's program.
+    """
+
+    id: str
+    image: str
+    spec: Mapping[str, Any]
+    snapshotter: str
+    labels: Mapping[str, str]
+    runtime: str
+
+
 class RuntimeContainers(Protocol):
     """containerd's records of containers: what a task is made from."""
 
-    async def put(
-        self,
-        container_id: str,
-        *,
-        image: str,
-        spec: Mapping[str, Any],
-        snapshotter: str,
-        labels: Mapping[str, str],
-        runtime: str,
-    ) -> None:
-        """Record a container; one of the same id is replaced.
-
-        Args:
-            container_id: without a task.
-            image: its name, for people.
-            spec: OCI configuration.
-            snapshotter: has the snapshot with the container's id as key.
-            labels: of the record.
-            runtime: path of the OCI runtime's program.
-        """
+    async def put(self, container: NewContainer) -> None:
+        """Record a container, which has no task; one of the same id is replaced."""
 
     async def delete(self, container_id: str) -> None:
         """Forget a container; one that is not there is no error."""
@@ -123,6 +124,16 @@ class Tasks(Protocol):
 
         Raises:
             InvalidArgument: with the reason COMMAND_NOT_FOUND or COMMAND_NOT_EXECUTABLE.
+        """
+
+    async def run(
+        self, container: NewContainer, *, rootfs: Sequence[RootMount], stdio: Stdio
+    ) -> int:
+        """Record a container, make its init and start it in one call; returns its pid.
+
+        Raises:
+            Unimplemented: containerd is of a version that cannot.
+            TheseusError: as :meth:`RuntimeContainers.put`, :meth:`create` and :meth:`start`.
         """
 
     async def start(self, container_id: str, exec_id: str = "") -> int:

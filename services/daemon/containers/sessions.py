@@ -51,6 +51,10 @@ class Sessions:
             if not openings:
                 del self._openings[key]
 
+    def expected(self, key: str) -> bool:
+        """Whether somebody expects the next start."""
+        return key in self._openings
+
     def begin(self, key: str) -> Begin | None:
         """What starts a process over the stream of a session that expects it, if there is one."""
         waiting = (o for o in self._openings.get(key, ()) if not o.made.is_set())

@@ -15,7 +15,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -30,6 +30,7 @@ from services.common.errors import (
     Internal,
     TheseusError,
     Unavailable,
+    Unimplemented,
 )
 from services.daemon.containers import outcome, plan
 from services.daemon.containers.record import (
@@ -40,7 +41,7 @@ from services.daemon.containers.record import (
     State,
 )
 from services.daemon.containers.rootfs import root_layers
-from services.daemon.containers.runtime import Stdio
+from services.daemon.containers.runtime import NewContainer, Stdio
 from services.daemon.spec.request import NetworkMode
 from services.daemon.spec.users import resolve_user
 from services.daemon.together import both
@@ -208,7 +209,7 @@ class _Attempt:
         netns_path, (root, user) = await both(self._connect(), looked_up)
         below.trace("start:connected")
         spec = await self._specification(netns_path, user)
-        await below.containers.put(
+        new = NewContainer(
             record.id,
             image=record.image.reference,
             spec=spec,
@@ -217,12 +218,24 @@ class _Attempt:
             runtime=program,
         )
         below.init_processes.remember(record, spec["process"])
+        if not self._sessions.expected(record.id):  # who waits is coupled before anything runs
+            self.task_possible = True
+            with suppress(Unimplemented):  # containerd is of an older version
+                pid = await below.tasks.run(new, rootfs=root, stdio=self._stdio())
+                below.trace("start:started")
+                return pid
+            self.task_possible = False
+        return await self._by_steps(new, root)
+
+    async def _by_steps(self, new: NewContainer, root: Sequence[RootMount]) -> int:
+        below = self._below
+        await below.containers.put(new)
         below.trace("start:record")
         self.task_possible = True
-        await below.tasks.create(record.id, rootfs=root, stdio=self._stdio(), runtime=program)
+        await below.tasks.create(new.id, rootfs=root, stdio=self._stdio(), runtime=new.runtime)
         below.trace("start:task")
-        await self._sessions.couple(record.id, timeout_s=_COUPLING_TIMEOUT_S)
-        pid = await below.tasks.start(record.id)
+        await self._sessions.couple(new.id, timeout_s=_COUPLING_TIMEOUT_S)
+        pid = await below.tasks.start(new.id)
         below.trace("start:started")
         return pid
 

@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.tasks and their generated stubs."""

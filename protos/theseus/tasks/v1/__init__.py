@@ -1,0 +1,1 @@
+"""Contracts of protos.theseus.tasks.v1 and their generated stubs."""
