@@ -186,6 +186,8 @@ CONTAINERS = [
     Step("containers rm c1"),
     Step("containers rm --keep-snapshot c0"),
     # What the refused containers left, and this one, is taken by the garbage collection.
+    Step("leases create --id barrier"),
+    Step("leases rm --sync barrier"),
     Step("snapshots ls", absent="Active"),
 ]
 
