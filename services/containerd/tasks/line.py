@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -71,26 +71,19 @@ class ShimLine:
 
     Args:
         connection: to the process, which has said that it waits; the line's to close.
-        waiting: what it has said.
+        process: who it is.
+        version: of its program.
         pool: is told of its end, and gets it back.
 
     Attributes:
-        process: who it is.
-        version: of its program.
         way: the connection for calls; None: one is made as ever.
-
-    Raises:
-        ValueError, KeyError, TypeError: it did not say that.
     """
 
     def __init__(
-        self,
-        connection: socket.socket,
-        waiting: dict[str, Any],
-        pool: Pool,
+        self, connection: socket.socket, process: ProcessId, version: str, pool: Pool
     ) -> None:
-        self.process = ProcessId(int(waiting["waiting"]), int(waiting["start_time"]))
-        self.version = str(waiting["version"])
+        self.process = process
+        self.version = version
         self.way: Way | None = None
         self._connection = connection
         self._pool = pool
@@ -103,10 +96,20 @@ class ShimLine:
         self._loop.add_reader(connection.fileno(), self._read)
 
     @classmethod
+    def of_waiting(cls, connection: socket.socket, said: bytes, pool: Pool) -> ShimLine:
+        """The line to a process that has said for the first time that it waits.
+
+        Raises:
+            ValueError, KeyError, TypeError: it did not say that.
+        """
+        who = json.loads(said)
+        process = ProcessId(int(who["waiting"]), int(who["start_time"]))
+        return cls(connection, process, str(who["version"]), pool)
+
+    @classmethod
     def of_shim(cls, connection: socket.socket, shim: ShimAddress, pool: Pool) -> ShimLine:
         """The line to a process that was asked to be a shim at once, and serves."""
-        who = {"waiting": shim.process.pid, "start_time": shim.process.start_time}
-        line = cls(connection, {**who, "version": shim.version}, pool)
+        line = cls(connection, shim.process, shim.version, pool)
         line._settle(True)
         return line
 

@@ -101,8 +101,7 @@ class WaitingShims:
         if not self._open or len(self._ready) >= self._number + _MORE_FOR_A_MOMENT:
             connection.close()
             return
-        who = {"waiting": line.process.pid, "start_time": line.process.start_time}
-        again = ShimLine(connection, {**who, "version": line.version}, self)
+        again = ShimLine(connection, line.process, line.version, self)
         self._lines.add(again)
         self._background.start(self._welcome_back(again), name="welcome of a shim that waits")
 
@@ -154,7 +153,7 @@ class WaitingShims:
                 await loop.sock_sendall(connection, request)
                 reply = await loop.sock_recv(connection, REPLY_MAX_BYTES)
                 if reply:
-                    line = ShimLine(connection, json.loads(reply), self)
+                    line = ShimLine.of_waiting(connection, reply, self)
                     self._lines.add(line)
                     if await self._welcome(line):
                         self._ready.appendleft(line)

@@ -99,6 +99,11 @@ def find_program(binary: str) -> str:
     return find(binary).path
 
 
+def identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What tells a program from another one in its place, or from itself before a change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def installed(binaries: Iterable[str]) -> list[str]:
     """Paths of the programs of those runtimes that are there."""
     paths = []

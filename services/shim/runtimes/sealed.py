@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.frozen import frozen
+from services.shim.runtimes.programs import identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,14 +37,12 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 _ELF = b"\x7fELF"
 _SIZE_MAX_BYTES = 64 << 20
 
-Identity = tuple[int, int, int, int]
-
 
 @frozen
 class _Copy:
     """Of the file that had that identity, in a descriptor of this process."""
 
-    identity: Identity
+    identity: tuple[int, int, int, int]
     fd: int
 
 
@@ -80,7 +79,7 @@ def executable(path: str) -> str:
         found = os.stat(path)  # noqa: PTH116 - called for each command of a runtime
     except OSError:  # whoever executes it will say so
         return path
-    return f"/proc/self/fd/{copy.fd}" if _identity(found) == copy.identity else path
+    return f"/proc/self/fd/{copy.fd}" if identity(found) == copy.identity else path
 
 
 def _seal(path: str) -> _Copy | None:
@@ -98,14 +97,14 @@ def _seal(path: str) -> _Copy | None:
         try:
             while os.sendfile(fd, source, None, before.st_size):
                 pass
-            if _identity(os.fstat(source)) != _identity(before):
+            if identity(os.fstat(source)) != identity(before):
                 raise OSError(errno.EBUSY, "it was written to while it was read")
             os.fchmod(fd, 0o500)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
-        return _Copy(_identity(before), fd)
+        return _Copy(identity(before), fd)
     finally:
         os.close(source)
 
@@ -118,7 +117,3 @@ def _new_memory() -> int:
         if error.errno != errno.EINVAL:
             raise
     return os.memfd_create(_NAME, flags)  # an older kernel: all memory may be executed
-
-
-def _identity(found: os.stat_result) -> Identity:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

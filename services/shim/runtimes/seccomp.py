@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from services.common.frozen import frozen
+from services.shim.runtimes import programs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,12 +124,12 @@ def _key(profile: Mapping[str, Any], program: Program) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(path: str) -> list[int]:
+def _identity(path: str) -> tuple[int, ...]:
     try:
         found = os.stat(path)  # noqa: PTH116 - both are paths of the system, as plain strings
     except FileNotFoundError:
-        return []
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
+        return ()
+    return programs.identity(found)
 
 
 def _read(path: Path) -> bytes | None:
