@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from typing import TYPE_CHECKING, cast
 
 from services.common.ttrpc.frames import Frame, FrameBuffer, MessageTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_READ_BYTES = 65536
 
 
 class FrameConnection(asyncio.Protocol):
@@ -55,10 +59,23 @@ class FrameConnection(asyncio.Protocol):
         return self._buffer.alien
 
     def connection_lost(self, error: Exception | None) -> None:
-        """As asyncio's."""
-        del error
+        """As asyncio's; what the peer said before it hung up is heard, even if a write failed."""
+        if isinstance(error, ConnectionError):
+            self._read_rest()
         self._room.set()
         self._lost()
+
+    def _read_rest(self) -> None:
+        """Take in what has arrived: a loop whose write fails reads no more.
+
+        It may be a last answer, or the first bytes of a peer that speaks something else and hung up
+        between two of our frames. No more comes after it, so what there is to read is bounded.
+        """
+        assert self._transport is not None
+        fd = self._transport.get_extra_info("socket").fileno()
+        with contextlib.suppress(OSError):
+            while data := os.read(fd, _READ_BYTES):
+                self.data_received(data)
 
     def pause_writing(self) -> None:
         """As asyncio's."""

@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 
 from protos.containerd.ttrpc import request_pb2
 from services.common import errors, rpc_errors
+from services.common.loop import Loop
 from services.common.ttrpc import status
 from services.common.ttrpc.client import CallFailed, TtrpcClient
 from services.common.ttrpc.frames import (
@@ -270,6 +271,36 @@ async def test_a_client_notices_that_its_peer_is_gone(tmp_path):
         with pytest.raises(ConnectionError, match="hung up"):
             await client.call("a", "b", b"", timeout_s=5)
     server.close()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, Loop])
+@pytest.mark.parametrize("said", ["answer", "gRPC"])
+def test_what_a_peer_said_before_a_write_failed_is_heard(tmp_path, loop, said):
+    """It hangs up between two frames of ours: the second cannot be sent, the answer is there."""
+
+    async def scenario():
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen()
+            async with await TtrpcClient.connect(tmp_path / "s") as client:
+                stream = client.stream("a", "b")
+                server, _ = listener.accept()
+                with server:
+                    server.recv(65536)
+                    status = status_pb2.Status(code=5, message="no such process")
+                    answer = request_pb2.Response(status=status).SerializeToString()
+                    http2_settings = b"\0\0\6\4" + bytes(11)
+                    server.send(
+                        http2_settings if said == "gRPC" else Frame(1, RESPONSE, answer).pack()
+                    )
+                await stream.send(b"x")
+                with pytest.raises(ConnectionError if said == "gRPC" else CallFailed):
+                    await stream.receive()
+                assert client.broken
+                assert client.alien == (said == "gRPC")
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())
 
 
 async def test_a_client_gives_up_on_a_silent_peer(tmp_path):
