@@ -461,7 +461,7 @@ class Container:
             if self._image is not None:
                 await self._restore(self._image)
             else:
-                await self.runtime.start()
+                await self._let_go()
                 self._started(process, events.TASK_START, {"container_id": self.id})
             self._around.metrics.start_seconds.observe(time.monotonic() - began)
         else:
@@ -470,6 +470,13 @@ class Container:
             finally:
                 process.attempted()
             self._around.metrics.exec_seconds.observe(time.monotonic() - began)
+
+    async def _let_go(self) -> None:
+        """Let init run the container's command."""
+        runtime = self.runtime
+        alone = not self.exits.has_hooks and hasattr(runtime, "let_go") and await runtime.let_go()
+        if not alone:
+            await runtime.start()
 
     def _add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> Process:
         if not exec_id or "/" in exec_id or exec_id in (".", "..") or len(exec_id) > 128:

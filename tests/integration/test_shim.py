@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,73 @@ async def test_running_container_is_not_deleted_nor_started_twice(node):
     await shim.kill()
     await shim.wait()
     with pytest.raises(errors.FailedPrecondition):
+        await shim.start()
+    await shim.delete()
+
+
+def noting(node, name: str) -> Path:
+    """The node's runtime under a name, which notes its commands."""
+    program = node.directory / "bin" / name
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        'for word; do case $word in create|start|state|delete) echo $word >> "$0.calls";; esac; done\n'
+        f'exec {shutil.which(node.runtime)} "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def status_of(program: Path, shim) -> str:
+    """What the runtime itself takes a container for."""
+    state = json.loads((shim.bundle / "state.json").read_text())
+    (container,) = state["containers"]
+    command = [program, "--root", container["runtime_root"], "state", container["id"]]
+    said = subprocess.run(
+        command, check=True, capture_output=True, env={"PATH": os.environ["PATH"]}
+    )
+    return json.loads(said.stdout)["status"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_the_runtimes_program_is_not_run_to_start_what_it_created(node, is_known):
+    """Nor is there a difference to it; a program of another name may have more to do."""
+    program = noting(node, node.runtime if is_known else "another")
+    log = node.log_uri()
+    shim = await node.shim("sh", "-c", "echo $$; sleep 1000")
+    await shim.create(binary=str(program), rootfs=node.mounts(), stdout=log)
+    assert status_of(program, shim) == "created"
+    await shim.start()
+    assert status_of(program, shim) == "running"
+    await shim.kill()
+    assert (await shim.wait()).exit_status == 137
+    await shim.delete()
+    assert ("start" in program.with_suffix(".calls").read_text().split()) is not is_known
+
+
+async def test_hooks_are_the_runtimes_to_run(node):
+    program, trace = noting(node, node.runtime), node.directory / "hooks"
+    spec = node.spec("sleep", "1000")
+    kinds = ("createRuntime", "poststart")
+    spec["hooks"] = {
+        kind: [{"path": "/bin/sh", "args": ["sh", "-c", f"echo {kind} >> {trace}"]}]
+        for kind in kinds
+    }
+    shim = await node.maker.start(node.maker.bundle(spec, name=node.directory.name))
+    await shim.create(binary=str(program), rootfs=node.mounts())
+    await shim.start()
+    assert trace.read_text().split() == list(kinds)
+    assert "start" in program.with_suffix(".calls").read_text().split()
+    await shim.kill()
+    await shim.wait()
+    await shim.delete()
+
+
+async def test_what_died_before_its_start_is_not_started(node):
+    shim = await node.shim("sleep", "1000", create={})
+    os.kill((await shim.state()).pid, signal.SIGKILL)
+    await shim.wait()
+    with pytest.raises(errors.FailedPrecondition, match="cannot start container"):
         await shim.start()
     await shim.delete()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from services.common import tracing
 from services.common.errors import Unimplemented
-from services.shim.runtimes import criu, failures, programs, seccomp
+from services.shim.runtimes import criu, exec_fifo, failures, programs, seccomp
 from services.shim.runtimes.invocation import Outcome, run
 from services.shim.runtimes.runtime import (
     RuntimeBroken,
@@ -80,6 +80,13 @@ class RuncRuntime:
     async def start(self) -> None:
         """See :meth:`Runtime.start`."""
         await self._run(["start", self._id], classify=failures.classify_creation)
+
+    async def let_go(self) -> bool:
+        """See :meth:`Runtime.let_go`."""
+        if self._program.path.rpartition("/")[2] not in exec_fifo.PROGRAMS:
+            return False
+        with tracing.span("exec.fifo"):
+            return await exec_fifo.let_go(self._options.root / self._id)
 
     async def exec(
         self, *, process_file: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str

@@ -147,6 +147,16 @@ class Runtime(Protocol):
         """Let init run the container's command."""
         ...
 
+    async def let_go(self) -> bool:
+        """Do what ``start`` does for a container without hooks, without the program.
+
+        A plug-in may be without.
+
+        Returns:
+            False: that cannot be done here; nothing has changed.
+        """
+        ...
+
     async def exec(
         self, *, process_file: Path, pid_file: Path, stdio: RuntimeStdio | None, console: str
     ) -> int:
