@@ -394,7 +394,7 @@ def noting(node, name: str) -> Path:
     program.parent.mkdir()
     program.write_text(
         "#!/bin/sh\n"
-        'for word; do case $word in create|start|state|delete) echo $word >> "$0.calls";; esac; done\n'
+        'for word; do case $word in create|start) echo $word >> "$0.calls";; esac; done\n'
         f'exec {shutil.which(node.runtime)} "$@"\n'
     )
     program.chmod(0o755)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,22 +42,25 @@ async def let_go(state: Path) -> bool:
     Returns:
         False: nobody waits there, as far as can be told.
     """
-    fifo = f"{state}/{_NAME}"
+    fifo = state / _NAME
     try:
-        if os.path.exists(f"{state}/{_STATUS_OF_CRUN}"):  # noqa: PTH110 - in the way of each start
+        if _is_there(state / _STATUS_OF_CRUN):
             _write(fifo)
-        elif os.path.exists(f"{state}/{_STATE_OF_RUNC}"):  # noqa: PTH110
+        elif _is_there(state / _STATE_OF_RUNC):
             await _read(fifo)
         else:
             return False
     except (OSError, TimeoutError):
         return False
-    with suppress(FileNotFoundError):
-        os.unlink(fifo)  # noqa: PTH108
+    fifo.unlink(missing_ok=True)
     return True
 
 
-def _write(fifo: str) -> None:
+def _is_there(path: Path) -> bool:
+    return path.exists()
+
+
+def _write(fifo: Path) -> None:
     """Give init the byte that it waits for; ENXIO: it does not."""
     fd = os.open(fifo, os.O_WRONLY | _FLAGS)
     try:
@@ -67,7 +69,7 @@ def _write(fifo: str) -> None:
         os.close(fd)
 
 
-async def _read(fifo: str) -> None:
+async def _read(fifo: Path) -> None:
     """Have init open the FIFO, and see that it did.
 
     Raises:
