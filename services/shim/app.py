@@ -390,7 +390,7 @@ class Shim:
             processes=[
                 _process_state(process, container.status(process))
                 for container in self._tasks.at(member.home)
-                for process in (container.init, *container.execs.values())
+                for process in container.processes
             ],
             first_seq=member.spool.first_seq,
             last_seq=member.spool.last_seq,

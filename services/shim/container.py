@@ -1,7 +1,7 @@
-"""One container: its init process, its exec processes, and what becomes of them.
+"""One container: its init process, and what is done to the whole of it.
 
 Every change goes the same way: ask the table, run the runtime, move on, write the state, emit the
-event. How processes end is the business of ``exits.py``.
+event. Exec processes are the business of ``execs.py``, how processes end that of ``exits.py``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from services.common import mounts
-from services.common.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    TheseusError,
-    Unimplemented,
-)
+from services.common.errors import FailedPrecondition, NotFound, TheseusError, Unimplemented
 from services.shim import bundle as bundles
 from services.shim import cgroups, checkpoint, events, launch
 from services.shim.bundle import plain
 from services.shim.events import Event
+from services.shim.execs import Execs
 from services.shim.exits import Exits
-from services.shim.handover import Skeleton, renamed
 from services.shim.process import Action, Process, Status
+from services.shim.rootfs import RootFs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -71,13 +64,12 @@ class Container:
         self.runtime = runtime
         self.options = options
         self.init = Process(container_id, "", stdio, release=surroundings.keeping.release)
-        self.execs: dict[str, Process] = {}
+        self.execs = Execs(self, surroundings, changed)
+        self.rootfs = RootFs(bundle.rootfs, rootfs)
         self.cgroup: cgroups.Cgroup | None = None
-        self._rootfs = tuple(rootfs)
         self._around = surroundings
         self._changed = changed
         self._image = image  # what start restores it from, until then
-        self._specs: dict[str, dict[str, Any]] = {}
         self.exits = Exits(self, surroundings, changed)
 
     def process(self, exec_id: str) -> Process:
@@ -86,14 +78,12 @@ class Container:
         Raises:
             NotFound: there is no such process.
         """
-        if not exec_id:
-            return self.init
-        try:
-            return self.execs[exec_id]
-        except KeyError:
-            raise NotFound(
-                f"container '{self.id}' has no process '{exec_id}'", resource=("exec", exec_id)
-            ) from None
+        return self.execs.find(exec_id) if exec_id else self.init
+
+    @property
+    def processes(self) -> list[Process]:
+        """Init, and the exec processes that were not deleted."""
+        return [self.init, *self.execs]
 
     def status(self, process: Process) -> Status:
         """State of a process: one that runs in a frozen container is frozen."""
@@ -116,8 +106,8 @@ class Container:
             self._need_checkpoints()
         async with AsyncExitStack() as undo:
             # What needs no root file system is done while the kernel mounts it.
-            mounted = asyncio.get_running_loop().run_in_executor(None, self._mount)
-            undo.push_async_callback(self._take_down, mounted)
+            mounted = self.rootfs.mount()
+            undo.push_async_callback(self.rootfs.take_down, mounted)
             spec = self.bundle.read_spec()
             self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)
             self.exits.has_hooks = bundles.has_hooks(spec)
@@ -132,7 +122,7 @@ class Container:
                 self._emit(events.TASK_CREATE, self._create_fields(0))
             else:
                 with around.reaper.window() as window:
-                    undo.push_async_callback(_tolerated, self._force_delete)
+                    undo.push_async_callback(self._undo_create)
                     pid, master = await launch.create_init(self.runtime, self.bundle, self.init.io)
                     self._take_init(pid, master)
                     self._emit(events.TASK_CREATE, self._create_fields(pid))
@@ -148,50 +138,10 @@ class Container:
         """
         async with process.lock:
             process.check(Action.START)
-            await self._start(process)
-
-    def add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> None:
-        """Add a process that ``start`` will run.
-
-        Args:
-            exec_id: its id, unique in the container.
-            spec: the OCI spec's ``process`` object.
-            stdio: its streams.
-
-        Raises:
-            AlreadyExists: the id is taken.
-            FailedPrecondition: the container is paused or has ended.
-        """
-        if exec_id in self.execs:
-            raise AlreadyExists(
-                f"container '{self.id}' has a process '{exec_id}' already",
-                resource=("exec", exec_id),
-            )
-        self._add_exec(exec_id, spec, stdio)
-        self._changed()
-        self._emit(events.TASK_EXEC_ADDED, {"container_id": self.id, "exec_id": exec_id})
-
-    async def run_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> Process:
-        """Add a process and start it, as ``add_exec`` and ``start``.
-
-        What a call before this one has done is not done again. One that cannot be started is
-        deleted. Both are told, and written to the state, once it runs: a shim that dies before
-        that leaves nothing of it, as one that dies over a start.
-        """
-        process = self.execs.get(exec_id)
-        is_new = process is None
-        if process is None:
-            process = self._add_exec(exec_id, spec, stdio)
-        async with process.lock:
-            if process.status is Status.CREATED:
-                try:
-                    await self._start(process, tell_added=is_new)
-                except BaseException:
-                    if process.status is Status.CREATED:
-                        process.deleted()
-                        self._drop_exec(process)
-                    raise
-        return process
+            if process is self.init:
+                await self._start_init()
+            else:
+                await self.execs.start(process)
 
     async def kill(self, process: Process, signum: int, *, all_processes: bool) -> None:
         """Signal a process, or everything in the container.
@@ -265,8 +215,7 @@ class Container:
             found = self.cgroup.processes()
             if found:
                 return found
-        running = [self.init, *self.execs.values()]
-        return [process.pid for process in running if process.pid and process.exit is None]
+        return [p.pid for p in self.processes if p.pid and p.exit is None]
 
     async def delete(self, process: Process) -> None:
         """Delete a process that has ended, or that was never started.
@@ -287,17 +236,13 @@ class Container:
             process.check(Action.DELETE)
             if process is self.init:
                 await self.exits.finish_cleanup()
-            if process.io is not None:
-                await process.io.close(drain=process.exit is not None)
-                process.io = None
+            await process.close_io(drain=process.exit is not None)
             process.deleted()
         if process is not self.init:
-            self._drop_exec(process)
+            self.execs.drop(process)
             return
-        for other in self.execs.values():
-            if other.io is not None:
-                await other.io.close(drain=False)
-                other.io = None
+        for other in self.execs:
+            await other.close_io(drain=False)
         record = process.exit
         if record is not None and record.lost:
             return  # the event has no way to say so
@@ -314,12 +259,7 @@ class Container:
     async def clean_up(self, *, force: bool) -> None:
         """Have the runtime forget the container, and unmount its root file system."""
         await self.runtime.delete(force=force)
-        await self.unmount()
-
-    async def unmount(self) -> None:
-        """Unmount the root file system."""
-        if self._rootfs:
-            await asyncio.to_thread(mounts.unmount, self.bundle.rootfs)
+        await self.rootfs.unmount()
 
     def state(self) -> dict[str, object]:
         """What a successor of this process has to know; goes into ``state.json``."""
@@ -329,29 +269,25 @@ class Container:
             "runtime": self.options.binary,
             "runtime_root": str(self.options.root),
             "options": plain(self.options) | {"root": str(self.options.root)},
-            "rootfs": [plain(mount) for mount in self._rootfs],
+            "rootfs": self.rootfs.state(),
             "own_pid_namespace": self.exits.own_pid_namespace,
             "has_hooks": self.exits.has_hooks,
             "cgroup": self.cgroup.pack() if self.cgroup is not None else None,
             "oom_kills": self.exits.oom_kills,
             "image": self._image.state() if self._image is not None else None,
-            "processes": [p.state() for p in (self.init, *self.execs.values())],
-            "specs": {
-                exec_id: spec
-                for exec_id, spec in self._specs.items()
-                if self.execs[exec_id].status is Status.CREATED
-            },
+            "processes": [process.state() for process in self.processes],
+            "specs": self.execs.specs(),
         }
 
     async def pause_io(self) -> None:
         """Take no output any more, and let what was taken get to its place."""
-        for process in (self.init, *self.execs.values()):
+        for process in self.processes:
             if process.io is not None:
                 await process.io.pause()
 
     def resume_io(self) -> None:
         """Go on with the output."""
-        for process in (self.init, *self.execs.values()):
+        for process in self.processes:
             if process.io is not None:
                 process.io.resume()
 
@@ -359,12 +295,10 @@ class Container:
         """What the next image of the shim goes on with; while its output is paused."""
         streams = {
             process.exec_id: process.io.pack(out)
-            for process in (self.init, *self.execs.values())
+            for process in self.processes
             if process.io is not None
         }
-        pidfds = {
-            process.exec_id: out.fd(process.pidfd) for process in (self.init, *self.execs.values())
-        }
+        pidfds = {process.exec_id: out.fd(process.pidfd) for process in self.processes}
         return {**self.state(), "io": streams, "pidfds": pidfds}
 
     def unpack(self, saved: Mapping[str, Any]) -> None:
@@ -376,7 +310,6 @@ class Container:
             self._image = checkpoint.CheckpointImage.unpack(saved["image"])
         if saved["cgroup"] is not None:
             self.cgroup = cgroups.Cgroup.unpack(saved["cgroup"])
-        self._specs = dict(saved["specs"])
         for entry in saved["processes"]:
             process = Process.unpack(
                 self.id,
@@ -385,7 +318,7 @@ class Container:
                 release=self._around.keeping.release,
             )
             if process.exec_id:
-                self.execs[process.exec_id] = process
+                self.execs.take(process, saved["specs"].get(process.exec_id))
             else:
                 self.init = process
                 self.exits.init_is_gone = process.exit is not None
@@ -393,21 +326,7 @@ class Container:
                 process.io = self._around.new_io(process.stdio)
                 process.io.unpack(streams, self._around.reaper)
             if process.pid and process.exit is None:
-                self._watch_again(process)
-
-    def _watch_again(self, process: Process) -> None:
-        reaper, ended = self._around.reaper, self.exits.watcher(process)
-        if process.orphan:
-            reaper.adopt_orphan(process.pid, process.pidfd, ended)
-        else:
-            reaper.adopt(process.pid, ended)
-
-    def _hold(self, process: Process) -> None:
-        """Have the keeper hold what a successor needs, should this shim die."""
-        assert process.io is not None
-        out = Skeleton()
-        packed = {"pidfd": out.fd(process.pidfd), "io": process.io.pack(out)}
-        process.kept = renamed(packed, self._around.keeping.hold(out.fds))
+                self._around.watch_again(process, self.exits.watcher(process))
 
     def _need_checkpoints(self) -> None:
         """Raise if the runtime is a plug-in that knows nothing of them."""
@@ -426,11 +345,11 @@ class Container:
                     self.runtime, self.bundle, self.init.io, image
                 )
             except BaseException:
-                await _tolerated(self._force_delete)
+                await self._undo_create()
                 raise
             self._image = None
             self._take_init(pid, master)
-            self._started(self.init, events.TASK_START, {"container_id": self.id})
+            self._started()
             self._around.reaper.watch(pid, self.exits.watcher(self.init), window)
 
     def _take_init(self, pid: int, master: int) -> None:
@@ -440,115 +359,37 @@ class Container:
             self.cgroup = cgroups.of_process(pid)
         self.exits.oom_kills = self.cgroup.oom_kills() if self.cgroup else 0
         self.init.io.start(master)
-        self._hold(self.init)
+        self._around.hold(self.init)
 
     def _create_fields(self, pid: int) -> dict[str, object]:
-        stdio = self.init.stdio
         return {
             "container_id": self.id,
             "bundle": str(self.bundle.path),
-            "rootfs": [plain(mount) for mount in self._rootfs],
-            "stdin": stdio.stdin,
-            "stdout": stdio.stdout,
-            "stderr": stdio.stderr,
-            "terminal": stdio.terminal,
+            "rootfs": self.rootfs.state(),
+            **plain(self.init.stdio),
             "pid": pid,
         }
 
-    async def _start(self, process: Process, *, tell_added: bool = False) -> None:
+    async def _start_init(self) -> None:
         began = time.monotonic()
-        if process is self.init:
-            if self._image is not None:
-                await self._restore(self._image)
-            else:
-                await self._let_go()
-                self._started(process, events.TASK_START, {"container_id": self.id})
-            self._around.metrics.start_seconds.observe(time.monotonic() - began)
+        if self._image is not None:
+            await self._restore(self._image)
         else:
-            try:
-                await self._start_exec(process, tell_added=tell_added)
-            finally:
-                process.attempted()
-            self._around.metrics.exec_seconds.observe(time.monotonic() - began)
+            await launch.start_init(self.runtime, has_hooks=self.exits.has_hooks)
+            self._started()
+        self._around.metrics.start_seconds.observe(time.monotonic() - began)
 
-    async def _let_go(self) -> None:
-        """Let init run the container's command."""
-        runtime = self.runtime
-        alone = not self.exits.has_hooks and hasattr(runtime, "let_go") and await runtime.let_go()
-        if not alone:
-            await runtime.start()
-
-    def _add_exec(self, exec_id: str, spec: Mapping[str, Any], stdio: Stdio) -> Process:
-        if not exec_id or "/" in exec_id or exec_id in (".", "..") or len(exec_id) > 128:
-            raise InvalidArgument(f"exec id '{exec_id}' is not usable", field="exec_id")
-        self.init.check(Action.EXEC)
-        process = Process(self.id, exec_id, stdio, release=self._around.keeping.release)
-        self.execs[exec_id] = process
-        self._specs[exec_id] = {**spec, "terminal": stdio.terminal}
-        return process
-
-    def _drop_exec(self, process: Process) -> None:
-        self.execs.pop(process.exec_id, None)
-        self._specs.pop(process.exec_id, None)
+    def _started(self) -> None:
+        self.init.apply(Action.START)
         self._changed()
+        self._emit(events.TASK_START, {"container_id": self.id, "pid": self.init.pid})
 
-    async def _start_exec(self, process: Process, *, tell_added: bool) -> None:
-        if self.exits.init_is_gone:
-            raise FailedPrecondition(f"container '{self.id}' does not run: its init has ended")
-        self.init.check(Action.EXEC)
-        async with AsyncExitStack() as undo:
-            process.io = await self._around.open_io(self.id, process.stdio)
-            undo.push_async_callback(self._discard_io, process)
-            process.io.change_owner(self.options.io_uid, self.options.io_gid)
-            with self._around.reaper.window() as window:
-                pid, master = await launch.run_exec(
-                    self.runtime, self.bundle, process.io, self._specs[process.exec_id]
-                )
-                process.created(pid)
-                process.io.start(master)
-                self._hold(process)
-                fields: dict[str, object] = {
-                    "container_id": self.id,
-                    "exec_id": process.exec_id,
-                }
-                if tell_added:
-                    self._emit(events.TASK_EXEC_ADDED, fields)
-                self._started(process, events.TASK_EXEC_STARTED, fields)
-                self._around.reaper.watch(pid, self.exits.watcher(process), window)
-            undo.pop_all()
-
-    def _started(self, process: Process, topic: str, fields: dict[str, object]) -> None:
-        process.apply(Action.START)
-        self._changed()
-        self._emit(topic, {**fields, "pid": process.pid})
-
-    async def _discard_io(self, process: Process) -> None:
-        if process.io is not None:
-            await process.io.close(drain=False)
-            process.io = None
-
-    def _mount(self) -> None:
-        if not self._rootfs:
-            return
-        self.bundle.rootfs.mkdir(mode=0o711, exist_ok=True)
-        mounts.mount_all(self._rootfs, self.bundle.rootfs)
-
-    async def _take_down(self, mounted: asyncio.Future[None]) -> None:
-        """Undo the mounting, which may be under way."""
-        await asyncio.wait([mounted])
-        if mounted.exception() is None:  # else there is nothing mounted
-            await _tolerated(self.unmount)
-
-    async def _force_delete(self) -> None:
-        await self.runtime.delete(force=True)
+    async def _undo_create(self) -> None:
+        """Have the runtime forget what it made; a failure must not hide the one that it follows."""
+        try:
+            await self.runtime.delete(force=True)
+        except (TheseusError, OSError) as error:
+            log.error("undoing a create failed", container_id=self.id, error=str(error))
 
     def _emit(self, topic: str, fields: Mapping[str, object]) -> None:
         self._around.events.emit(Event(topic, fields))
-
-
-async def _tolerated(undo: Callable[[], Any]) -> None:
-    """Run an undo step whose failure must not hide the one that it follows."""
-    try:
-        await undo()
-    except (TheseusError, OSError) as error:
-        log.error("undo step failed", step=getattr(undo, "__name__", ""), error=str(error))

@@ -131,7 +131,7 @@ class Exits:
         if self.has_hooks or not self._around.forgets_behind:
             self._cleanup = self._do(self._container.clean_up(force=False), name="clean up")
         else:
-            self._cleanup = self._do(self._container.unmount(), name="unmount")
+            self._cleanup = self._do(self._container.rootfs.unmount(), name="unmount")
             self._forgetting = self._do(self._forget(), name="delete")
 
     async def _forget(self) -> None:
@@ -146,7 +146,7 @@ class Exits:
     async def _wait_for_execs(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EXECS_LIMIT_S):
-                for process in list(self._container.execs.values()):
+                for process in self._container.execs:
                     # A start under way ends one way or the other first.
                     async with process.lock:
                         started = process.status is Status.RUNNING

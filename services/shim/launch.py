@@ -1,4 +1,4 @@
-"""Has the runtime make a process, with its streams or its terminal."""
+"""Has the runtime make a process, with its streams or its terminal, and start it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ async def create_init(runtime: Runtime, bundle: Bundle, streams: ProcessIo) -> t
             bundle=bundle.path, pid_file=pid_file, stdio=None, console=console.address
         )
         return pid, await console.receive()
+
+
+async def start_init(runtime: Runtime, *, has_hooks: bool) -> None:
+    """Let init run the container's command; hooks are for the runtime to run."""
+    if has_hooks or not hasattr(runtime, "let_go") or not await runtime.let_go():
+        await runtime.start()
 
 
 async def restore_init(

@@ -273,6 +273,12 @@ class Process:
             )
         return self.io
 
+    async def close_io(self, *, drain: bool) -> None:
+        """Close its streams, if it has any; see ``ProcessIo.close``."""
+        if self.io is not None:
+            await self.io.close(drain=drain)
+            self.io = None
+
     async def wait(self) -> ExitRecord:
         """How it ended, once it has and that is on the spool.
 

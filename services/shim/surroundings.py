@@ -6,14 +6,18 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from services.common.frozen import frozen
+from services.shim.handover import Skeleton, renamed
 from services.shim.keeping import Keeping
 from services.shim.stdio.process_io import ProcessIo, open_io
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from services.common.background import Background
     from services.shim.events import EventSink
     from services.shim.measures import Measures
-    from services.shim.reaper import Reaper
+    from services.shim.process import Process
+    from services.shim.reaper import Exit, Reaper
     from services.shim.stdio.uris import Stdio
 
 
@@ -55,3 +59,17 @@ class Surroundings:
     def new_io(self, stdio: Stdio) -> ProcessIo:
         """Streams that take over from those of an earlier image."""
         return ProcessIo(stdio, self.metrics, self.background, self.keeping.release)
+
+    def hold(self, process: Process) -> None:
+        """Have the keeper hold what a successor needs of a process, should this shim die."""
+        assert process.io is not None
+        out = Skeleton()
+        packed = {"pidfd": out.fd(process.pidfd), "io": process.io.pack(out)}
+        process.kept = renamed(packed, self.keeping.hold(out.fds))
+
+    def watch_again(self, process: Process, ended: Callable[[Exit], None]) -> None:
+        """Have ``ended`` called at the end of a process that an earlier image watched."""
+        if process.orphan:
+            self.reaper.adopt_orphan(process.pid, process.pidfd, ended)
+        else:
+            self.reaper.adopt(process.pid, ended)

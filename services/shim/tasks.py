@@ -179,8 +179,8 @@ class Tasks:
     async def run_exec(
         self, container: Container, exec_id: str, spec: Mapping[str, Any], stdio: Stdio
     ) -> Process:
-        """See :meth:`Container.run_exec`."""
-        return await self.to_the_end(container.run_exec(exec_id, spec, stdio))
+        """See :meth:`Execs.run`."""
+        return await self.to_the_end(container.execs.run(exec_id, spec, stdio))
 
     async def pause(self, container: Container) -> None:
         """See :meth:`Container.pause`."""

@@ -108,7 +108,7 @@ class TaskApi:
     ) -> shim_pb2.PidsResponse:
         """Everything that runs in the container."""
         container = self._tasks.container(request.id)
-        exec_ids = {p.pid: p.exec_id for p in container.execs.values() if p.pid}
+        exec_ids = {p.pid: p.exec_id for p in container.execs if p.pid}
         return shim_pb2.PidsResponse(
             processes=[_process_info(pid, exec_ids.get(pid)) for pid in container.pids()]
         )
@@ -139,7 +139,7 @@ class TaskApi:
         """Add a process, which Start runs."""
         container = self._tasks.container(request.id)
         spec = json_object(request.spec.value, field="spec")
-        container.add_exec(request.exec_id, spec, _stdio(request))
+        container.execs.add(request.exec_id, spec, _stdio(request))
         return empty_pb2.Empty()
 
     async def ResizePty(
