@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
 
 log = structlog.get_logger(__name__)
 
+BEHIND_S = 0.02
+"""How long work behind an answer waits.
+
+Who was answered mostly makes its next calls within milliseconds: this work would keep them from
+processor and disk. A wait for silence instead would be for ever where eight clients are at work.
+"""
 _AGAIN_S = 0.5
 
 
@@ -21,6 +28,7 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._hurry = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -40,6 +48,17 @@ class Background:
         task.add_done_callback(self._done)
         return task
 
+    def start_behind(
+        self, work: Callable[[], Coroutine[Any, Any, Any]], *, name: str
+    ) -> asyncio.Task[Any]:
+        """As ``start``, for what nobody waits for: it begins after ``BEHIND_S``, or ``hurry``."""
+        return self.start(_behind(work, self._hurry), name=name)
+
+    def hurry(self) -> None:
+        """Have what waits to begin behind an answer begin now: it is waited for after all."""
+        self._hurry.set()
+        self._hurry = asyncio.Event()
+
     async def finish(self, limit_s: float) -> None:
         """Wait until all tasks have ended by themselves, at most ``limit_s`` seconds."""
         if self._tasks:
@@ -58,3 +77,10 @@ class Background:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background task failed", task=task.get_name(), exc_info=error)
+
+
+async def _behind(work: Callable[[], Coroutine[Any, Any, Any]], hurry: asyncio.Event) -> Any:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(BEHIND_S):
+            await hurry.wait()
+    return await work()

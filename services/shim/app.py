@@ -177,6 +177,7 @@ class Shim:
             merging = asyncio.get_running_loop().call_later(_SETTLED_S, packing.offer_to_merge)
             await self._end(config.linger_s)
             merging.cancel()
+            self._background.hurry()
             await self._tasks.finish()
             await self._server.stop(_STOP_GRACE_S)
         self._reaper.stop()

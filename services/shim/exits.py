@@ -37,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 _SETTLE_LIMIT_S = 2.0
 _EXECS_LIMIT_S = 10.0
-_FORGET_AFTER_S = 0.02
 
 
 class Exits:
@@ -116,7 +115,9 @@ class Exits:
         self._do(self._handle_exit(process, ended), name="exec exit")
 
     def _do(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        task = self._around.background.start(work, name=name)
+        return self._note(self._around.background.start(work, name=name))
+
+    def _note(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         self._work.add(task)
         task.add_done_callback(self._work.discard)
         return task
@@ -132,15 +133,11 @@ class Exits:
             self._cleanup = self._do(self._container.clean_up(force=False), name="clean up")
         else:
             self._cleanup = self._do(self._container.rootfs.unmount(), name="unmount")
-            self._forgetting = self._do(self._forget(), name="delete")
+            forgetting = self._around.background.start_behind(self._forget, name="delete")
+            self._forgetting = self._note(forgetting)
 
     async def _forget(self) -> None:
-        """Have the runtime forget the container; nobody waits for that.
-
-        Now somebody hears of the exit, and mostly asks for the deletion: that goes first, and needs
-        the processor.
-        """
-        await asyncio.sleep(_FORGET_AFTER_S)
+        """Have the runtime forget the container: the deletion, asked for next, goes first."""
         await self._container.runtime.delete(force=False, hurry=False)
 
     async def _wait_for_execs(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LEAVE_S = 2.0
-_REMOVE_AFTER_S = 0.02
 _TOLD_S = 1.0
 
 
@@ -137,6 +137,7 @@ class ShimManager:
         traceback: TracebackType | None,
     ) -> None:
         self.drain()
+        self._background.hurry()
         if self._leaving:  # what is cut off here is found by the next start
             await asyncio.wait(self._leaving, timeout=_LEAVE_S)
         await self._background.stop()
@@ -322,14 +323,9 @@ class ShimManager:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_TOLD_S):
                     await known.deletion_told.wait()
-        task = self._background.start(self._remove_later(known), name=f"remove {known.id}")
+        task = self._background.start_behind(partial(self.remove, known), name=f"remove {known.id}")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
-
-    async def _remove_later(self, known: KnownShim) -> None:
-        """Remove, once the client's next calls, which go on with the deletion, had their turn."""
-        await asyncio.sleep(_REMOVE_AFTER_S)
-        await self.remove(known)
 
     async def remove(self, known: KnownShim) -> bool:
         """Take a task's shim and bundle away (see ``Undertaker.remove``).

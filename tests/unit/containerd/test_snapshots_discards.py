@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from services.common import background
 from services.containerd.snapshots import discards as module
 from services.containerd.snapshots.discards import Discards
 
@@ -27,7 +28,7 @@ class Thrown:
 
 @pytest.fixture
 def never_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LATER_S", 60.0)
+    monkeypatch.setattr(background, "BEHIND_S", 60.0)
 
 
 async def test_they_go_by_themselves() -> None:
