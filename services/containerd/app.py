@@ -129,28 +129,28 @@ class App:
         )
         self._exchange = Exchange(self._db, self._journal, event_field)
         gc_lock = GcLock()
-        self._leases = LeaseManager(self._db, on_garbage=self._on_garbage)
+        self._gc = GcSchedule(config.gc, observe=self._metrics.observe_collection)
+        self._leases = LeaseManager(self._db, mutations=self._gc)
         self._content = LocalContentStore(
-            config.root, self._db, events=self._journal, gc_lock=gc_lock, floor=self._floor
+            config.root,
+            self._db,
+            events=self._journal,
+            gc_lock=gc_lock,
+            mutations=self._gc,
+            floor=self._floor,
         )
         self._build_snapshotters()
-        collector = Collector(
+        self._collector = Collector(
             self._db,
             self._journal,
             gc_lock,
             content=self._content,
             snapshotters=self._snapshotters,
         )
-        self._gc = GcSchedule(
-            collector,
-            delay_s=config.gc_delay_s,
-            interval_s=config.gc_interval_s,
-            observe=self._metrics.observe_collection,
-        )
         self._namespaces = Namespaces(self._db, self._journal)
-        self._containers = LocalContainerStore(self._db, self._journal, on_garbage=self._on_garbage)
+        self._containers = LocalContainerStore(self._db, self._journal, mutations=self._gc)
         self._images = LocalImageStore(
-            self._db, self._journal, on_garbage=self._on_garbage, collect=self._gc.collect
+            self._db, self._journal, mutations=self._gc, collect=self._gc.collect
         )
 
     def _build_snapshotters(self) -> None:
@@ -160,7 +160,14 @@ class App:
         self._plugged: dict[str, Plugged] = {}
         self._backends: list[SnapshotsClient] = []
         for kind in _LOCAL_SNAPSHOTTERS:
-            local = kind(config.root, self._db, events=self._journal, leases=self._leases, ids=ids)
+            local = kind(
+                config.root,
+                self._db,
+                events=self._journal,
+                leases=self._leases,
+                ids=ids,
+                mutations=self._gc,
+            )
             self._snapshotters[local.name] = local
             self._plugged[local.name] = Plugged({"root": str(local.root)}, local.capabilities)
         self._plug_in(ids)
@@ -185,6 +192,7 @@ class App:
                 leases=self._leases,
                 capabilities=proxy.capabilities,
                 ids=ids,
+                mutations=self._gc,
             )
             self._plugged[proxy.name] = Plugged({"address": proxy.address}, proxy.capabilities)
 
@@ -233,11 +241,10 @@ class App:
         background = await stack.enter_async_context(Background())
         await self._serve(stack, shims, tasks, events, calls)
         background.start(_begin_later(factory, shims), name="start of the shim factory")
-        background.start(self._gc.run(), name="garbage collection")
+        background.start(self._gc.run(self._collector), name="garbage collection")
         background.start(self._clean_snapshots(), name="cleanup of snapshots")
         background.start(self._reserve.keep(), name="reserve on the disk")
         background.start(self._journal.keep_bounded(), name="truncation of the journal")
-        self._gc.request()
         log.info("serving", address=str(config.address), root=str(config.root), epoch=epoch)
 
     async def _start_tasks(
@@ -357,6 +364,7 @@ class App:
             platform=host_platform(),
             content_root=str(self._config.root / "content"),
             snapshotters=self._plugged,
+            gc=self._config.gc,
         )
         return {
             "containers": ContainersService(self._containers, self._moves.expect),
@@ -379,9 +387,6 @@ class App:
             ),
             "version": VersionService(),
         }
-
-    def _on_garbage(self) -> None:
-        self._gc.request()
 
     async def _clean_snapshots(self) -> None:
         for snapshotter in self._snapshotters.values():

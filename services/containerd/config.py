@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common import VERSION, log
 from services.common.errors import InvalidArgument
 from services.common.frozen import frozen
-from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
+from services.containerd.config_file import ConfigFile, ProxySnapshotter, read_config_file
+from services.containerd.gc.policy import GcPolicy
 from services.containerd.runtimes import OUR_RUNTIMES
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 REGISTRY_HOSTS = Path("/etc/theseus/certs.d")
 _WAITING_SHIMS_MAX = 64
+_GC_OPTIONS = {
+    "gc_pause_threshold": "pause_threshold",
+    "gc_deletion_threshold": "deletion_threshold",
+    "gc_mutation_threshold": "mutation_threshold",
+    "gc_schedule_delay": "schedule_delay_s",
+    "gc_startup_delay": "startup_delay_s",
+    "gc_idle_interval": "idle_interval_s",
+}
 _SHIM_MODULE = (sys.executable, "-m", "services.shim")
 
 
@@ -44,8 +53,7 @@ class Config:
         merge_memory: whether the kernel merges what shims' memory has in common.
         lock_timeout_s: how long to wait for another containerd to leave the root.
         drain_s: how long calls under way may take once a stop was asked for.
-        gc_delay_s: time between a deletion and the collection of what it left.
-        gc_interval_s: time after which garbage is collected in any case.
+        gc: when garbage is collected.
         journal_events: how many events the journal keeps.
         journal_s: for how long it keeps them.
         journal_bytes: how many bytes of them it keeps.
@@ -74,8 +82,7 @@ class Config:
     merge_memory: bool = True
     lock_timeout_s: float = 30.0
     drain_s: float = 5.0
-    gc_delay_s: float = 0.1
-    gc_interval_s: float = 300.0
+    gc: GcPolicy = field(default_factory=GcPolicy)
     journal_events: int = 100_000
     journal_s: float = 7 * 24 * 3600.0
     journal_bytes: int = 64 << 20
@@ -104,7 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--{name.replace('_', '-')} is a number of bytes and cannot be negative",
                 field=name,
             )
-    for name in ("grace_time", "lock_timeout", "drain_time", "gc_delay", "gc_interval"):
+    for name in ("grace_time", "lock_timeout", "drain_time"):
         if getattr(given, name) < 0:
             raise InvalidArgument(
                 f"--{name.replace('_', '-')} is a number of seconds and cannot be negative",
@@ -124,6 +131,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         raise InvalidArgument(
             f"--waiting-shims must be between 0 and {_WAITING_SHIMS_MAX}", field="waiting_shims"
         )
+    file = read_config_file(given.config) if given.config else ConfigFile()
     return Config(
         root=given.root.absolute(),
         state=state,
@@ -140,8 +148,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         merge_memory=given.merge_memory == "on",
         lock_timeout_s=given.lock_timeout,
         drain_s=given.drain_time,
-        gc_delay_s=given.gc_delay,
-        gc_interval_s=given.gc_interval,
+        gc=_gc_policy(given, file.gc),
         journal_events=given.journal_events,
         journal_bytes=given.journal_bytes,
         journal_s=given.journal_days * 24 * 3600,
@@ -151,9 +158,22 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         waiting_shims=given.waiting_shims,
         disk_reserve_bytes=given.disk_reserve,
         disk_floor_bytes=given.disk_floor,
-        proxy_snapshotters=read_proxy_plugins(given.config) if given.config else (),
+        proxy_snapshotters=file.proxy_snapshotters,
         registry_hosts=tuple(Path(part) for part in given.registry_hosts.split(":") if part),
     )
+
+
+def _gc_policy(given: argparse.Namespace, configured: GcPolicy) -> GcPolicy:
+    """What a file says of the collection, overruled by the command line."""
+    changes = {}
+    for option, attribute in _GC_OPTIONS.items():
+        value = getattr(given, option)
+        if value is None:
+            continue
+        if not value >= 0:  # NaN is refused, too
+            raise InvalidArgument(f"--{option.replace('_', '-')} cannot be negative", field=option)
+        changes[attribute] = value
+    return replace(configured, **changes)
 
 
 def _shim_command(program: str) -> tuple[str, ...]:
@@ -210,8 +230,40 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge-memory", choices=("on", "off"), default="on", help="of shims, by the kernel's KSM")
     add("--lock-timeout", type=float, default=30.0, metavar="S", help="for the root to be free")
     add("--drain-time", type=float, default=5.0, metavar="S", help="for calls under way at a stop")
-    add("--gc-delay", type=float, default=0.1, metavar="S", help="from deletion to collection")
-    add("--gc-interval", type=float, default=300.0, metavar="S", help="between collections")
+    collection = parser.add_argument_group(
+        "collection of garbage", "overrule plugins.'io.containerd.gc.v1.scheduler' of --config"
+    ).add_argument
+    collection(
+        "--gc-pause-threshold",
+        type=float,
+        metavar="SHARE",
+        help="of the time, which scheduled collections may take; 0.02",
+    )
+    collection(
+        "--gc-deletion-threshold",
+        type=int,
+        metavar="N",
+        help="deletions after which one does not wait for its interval; 0: none",
+    )
+    collection(
+        "--gc-mutation-threshold",
+        type=int,
+        metavar="N",
+        help="changes after which one is scheduled without a deletion; 100",
+    )
+    collection(
+        "--gc-schedule-delay",
+        type=float,
+        metavar="S",
+        help="before one that is asked for, or due by the number of deletions; 0",
+    )
+    collection("--gc-startup-delay", type=float, metavar="S", help="before the first one; 0.1")
+    collection(
+        "--gc-idle-interval",
+        type=float,
+        metavar="S",
+        help="after which one comes in any case; 300, 0: none",
+    )
     add("--journal-events", type=int, default=100_000, metavar="N", help="events kept")
     add("--journal-bytes", type=int, default=64 << 20, metavar="N", help="bytes of them kept")
     add("--journal-days", type=float, default=7.0, metavar="DAYS", help="days they are kept")

@@ -1,9 +1,13 @@
-"""What is read of containerd's own ``config.toml``: the proxy plugins.
+"""What is read of containerd's own ``config.toml``: the proxy plugins, and the schedule of the gc.
 
     [proxy_plugins.stargz]
       type = "snapshot"
       address = "/run/containerd-stargz-grpc/containerd-stargz-grpc.sock"
       capabilities = ["rebase"]
+
+    [plugins."io.containerd.gc.v1.scheduler"]
+      pause_threshold = 0.02
+      startup_delay = "100ms"
 
 Everything else in such a file is upstream's business, or an option of the command line.
 """
@@ -11,10 +15,13 @@ Everything else in such a file is upstream's business, or an option of the comma
 from __future__ import annotations
 
 import tomllib
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import InvalidArgument, TheseusError, Unimplemented
 from services.common.frozen import frozen
+from services.containerd.durations import parse_duration
+from services.containerd.gc.policy import GcPolicy
 from services.containerd.identifiers import checked_identifier
 
 if TYPE_CHECKING:
@@ -24,6 +31,10 @@ if TYPE_CHECKING:
 
 _SNAPSHOT = "snapshot"
 _KEYS = ("type", "address", "platform", "exports", "capabilities")
+_SCHEDULER = "io.containerd.gc.v1.scheduler"
+_SHARES = ("pause_threshold",)
+_NUMBERS = ("deletion_threshold", "mutation_threshold")
+_DURATIONS = ("schedule_delay", "startup_delay")
 BUILT_IN = ("overlayfs", "native")
 """Snapshotters that are always there."""
 
@@ -37,8 +48,16 @@ class ProxySnapshotter:
     capabilities: tuple[str, ...] = ()
 
 
-def read_proxy_plugins(path: Path) -> tuple[ProxySnapshotter, ...]:
-    """The snapshotters that a file names, in its order.
+@frozen
+class ConfigFile:
+    """What a file says: its proxy snapshotters, in its order, and when garbage is collected."""
+
+    proxy_snapshotters: tuple[ProxySnapshotter, ...] = ()
+    gc: GcPolicy = field(default_factory=GcPolicy)
+
+
+def read_config_file(path: Path) -> ConfigFile:
+    """What a file says; with defaults for what it says nothing of.
 
     Raises:
         InvalidArgument: the file cannot be read, or an entry makes no sense.
@@ -48,13 +67,21 @@ def read_proxy_plugins(path: Path) -> tuple[ProxySnapshotter, ...]:
         document = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"--config {path}: {error}", field="config") from error
-    table = document.get("proxy_plugins", {})
-    if not isinstance(table, dict):
-        raise InvalidArgument(f"--config {path}: proxy_plugins is no table", field="config")
     try:
-        return tuple(_plugin(name, entry) for name, entry in table.items())
+        proxies = _table(document, "proxy_plugins")
+        return ConfigFile(
+            tuple(_plugin(name, entry) for name, entry in proxies.items()),
+            _gc_policy(_table(_table(document, "plugins"), _SCHEDULER)),
+        )
     except TheseusError as error:
         raise type(error)(f"--config {path}: {error.message}", field="config") from error
+
+
+def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"{name} is no table")
+    return table
 
 
 def _plugin(name: str, entry: Mapping[str, Any]) -> ProxySnapshotter:
@@ -78,3 +105,26 @@ def _plugin(name: str, entry: Mapping[str, Any]) -> ProxySnapshotter:
     if not isinstance(capabilities, list) or not all(isinstance(c, str) for c in capabilities):
         raise InvalidArgument(f"capabilities of proxy plugin {name!r} are no list of words")
     return ProxySnapshotter(name, address, tuple(capabilities))
+
+
+def _gc_policy(table: Mapping[str, Any]) -> GcPolicy:
+    changes: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in _SHARES:
+            valid = isinstance(value, float | int) and not isinstance(value, bool) and value >= 0
+            meant = "a number that is not negative"
+            changes[key] = value
+        elif key in _NUMBERS:
+            valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            meant = "a whole number that is not negative"
+            changes[key] = value
+        elif key in _DURATIONS:
+            seconds = parse_duration(value) if isinstance(value, str) else None
+            valid, meant = seconds is not None, "a time as in '100ms'"
+            changes[f"{key}_s"] = seconds
+        else:
+            known = ", ".join((*_SHARES, *_NUMBERS, *_DURATIONS))
+            raise InvalidArgument(f"plugin {_SCHEDULER!r} has {key!r}, and can have {known}")
+        if not valid:
+            raise InvalidArgument(f"plugin {_SCHEDULER!r} has {key} = {value!r}, not {meant}")
+    return replace(GcPolicy(), **changes)

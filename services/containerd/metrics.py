@@ -50,6 +50,11 @@ class ContainerdMetrics:
         self.gc_seconds = registry.histogram(
             "theseus_containerd_gc_seconds", "Time that a collection took."
         )
+        self.gc_collections = registry.counters(
+            "theseus_containerd_gc_collections_total",
+            "Collections of garbage, by outcome (ok, failed).",
+            ("outcome",),
+        )
         self.gc_removed = registry.counters(
             "theseus_containerd_gc_removed_total", "What collections removed, by kind.", ("kind",)
         )
@@ -67,8 +72,11 @@ class ContainerdMetrics:
         finally:
             self.transfers.labels(kind, outcome).observe(time.perf_counter() - began)
 
-    def observe_collection(self, collection: Collection) -> None:
-        """Count a collection."""
+    def observe_collection(self, collection: Collection | None) -> None:
+        """Count a collection; None: one that failed."""
+        self.gc_collections.labels("failed" if collection is None else "ok").inc()
+        if collection is None:
+            return
         self.gc_seconds.observe(collection.seconds)
         self.gc_freed_bytes.inc(collection.freed_bytes)
         for node in collection.removed:

@@ -11,12 +11,14 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from services.common.frozen import frozen
+from services.containerd.durations import format_duration
 from services.containerd.filters import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from services.containerd.content.descriptor import Platform
+    from services.containerd.gc.policy import GcPolicy
 
 CONTENT = "io.containerd.content.v1"
 SNAPSHOTTER = "io.containerd.snapshotter.v1"
@@ -77,7 +79,7 @@ class Plugged:
 
 
 def list_plugins(
-    *, platform: Platform, content_root: str, snapshotters: Mapping[str, Plugged]
+    *, platform: Platform, content_root: str, snapshotters: Mapping[str, Plugged], gc: GcPolicy
 ) -> list[Plugin]:
     """All parts, those that others need first.
 
@@ -85,6 +87,7 @@ def list_plugins(
         platform: what this machine runs.
         content_root: directory of the content store.
         snapshotters: where each is, and what it can do, by name.
+        gc: how often garbage is collected.
     """
     found = [
         Plugin(CONTENT, "content", exports={"root": content_root}),
@@ -100,7 +103,7 @@ def list_plugins(
         ),
         Plugin(METADATA, "bolt", requires=(CONTENT, SNAPSHOTTER)),
         Plugin(EVENT, "exchange"),
-        Plugin(GC, "scheduler", requires=(METADATA,)),
+        Plugin(GC, "scheduler", requires=(METADATA,), exports=_thresholds(gc)),
         Plugin(LEASE, "manager", requires=(METADATA,)),
         Plugin(DIFFER, "walking", requires=(METADATA,), platforms=(platform,)),
         Plugin(RUNTIME, "task", requires=(METADATA, EVENT), platforms=(platform,)),
@@ -121,6 +124,15 @@ def find(all_plugins: Sequence[Plugin], filters: Sequence[str]) -> list[Plugin]:
     """
     wanted = parse(filters)
     return [plugin for plugin in all_plugins if wanted.matches(_fields(plugin))]
+
+
+def _thresholds(gc: GcPolicy) -> dict[str, str]:
+    return {
+        "PauseThreshold": f"{gc.pause_threshold:g}",
+        "DeletionThreshold": str(gc.deletion_threshold),
+        "MutationThreshold": str(gc.mutation_threshold),
+        "ScheduleDelay": format_duration(gc.schedule_delay_s),
+    }
 
 
 def _fields(plugin: Plugin) -> Callable[[Sequence[str]], str | None]:

@@ -56,7 +56,8 @@ def test_paths_follow_from_root_and_state() -> None:
     "arguments",
     [
         ["--grace-time", "-1"],
-        ["--gc-delay", "-0.1"],
+        ["--gc-startup-delay", "-0.1"],
+        ["--gc-pause-threshold", "nan"],
         ["--journal-events", "0"],
         ["--max-downloads", "0"],
     ],
@@ -145,7 +146,7 @@ async def test_nothing_that_was_answered_is_lost_in_a_kill(directory: Path) -> N
 @pytest.mark.root
 async def test_a_kill_in_a_write_leaves_an_ingest_that_goes_on(directory: Path) -> None:
     # Nothing refers to the blob: a collection would be right to take it.
-    containerd = ContainerdProcess(directory, options=("--gc-delay=3600",))
+    containerd = ContainerdProcess(directory, options=("--gc-startup-delay=3600",))
     data = os.urandom(3 << 20)
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     first = content_pb2.WriteContentRequest(

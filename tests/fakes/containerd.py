@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from services.common.client import connect
 from services.containerd.app import App
 from services.containerd.config import Config
+from services.containerd.gc.policy import GcPolicy
 from tools import sandbox
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(sandbox.__file__).parents[1]
 START_S = 20.0
+WHEN_ASKED = GcPolicy(startup_delay_s=3600.0)
 
 
 @asynccontextmanager
@@ -56,7 +58,7 @@ def config(directory: Path, **changes: object) -> Config:
         root=directory / "root",
         state=directory / "s",
         address=directory / "s" / "c.sock",
-        **{"gc_delay_s": 3600.0, "merge_memory": False, **changes},  # type: ignore[arg-type]
+        **{"gc": WHEN_ASKED, "merge_memory": False, **changes},  # type: ignore[arg-type]
     )
 
 

@@ -22,23 +22,33 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 
+class RecordedMutations:
+    def __init__(self) -> None:
+        self.changes = self.deletions = 0
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def deleted(self) -> None:
+        self.deletions += 1
+
+
 @dataclass
 class Metadata:
     db: Database
     journal: Journal
-    garbage_requests: list[None] = field(default_factory=list)
+    mutations: RecordedMutations = field(default_factory=RecordedMutations)
     collections: list[None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        def on_garbage() -> None:
-            self.garbage_requests.append(None)
-
         async def collect() -> None:
             self.collections.append(None)
 
-        self.leases = LeaseManager(self.db, on_garbage=on_garbage)
-        self.images = LocalImageStore(self.db, self.journal, on_garbage=on_garbage, collect=collect)
-        self.containers = LocalContainerStore(self.db, self.journal, on_garbage=on_garbage)
+        self.leases = LeaseManager(self.db, mutations=self.mutations)
+        self.images = LocalImageStore(
+            self.db, self.journal, mutations=self.mutations, collect=collect
+        )
+        self.containers = LocalContainerStore(self.db, self.journal, mutations=self.mutations)
         self.namespaces = Namespaces(self.db, self.journal)
 
     async def events(self) -> list[tuple[str, str, Message | None]]:

@@ -20,6 +20,7 @@ from services.containerd.diff.unpack import unpack_layer
 from services.containerd.events.journal import Journal
 from services.containerd.gc.collector import Collector
 from services.containerd.gc.lock import GcLock
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.images.local import LocalImageStore
 from services.containerd.images.reference import parse_reference
 from services.containerd.leases.manager import LeaseManager
@@ -153,7 +154,7 @@ async def open_storage(
         stack.push_async_callback(asyncio.to_thread, db.close)
         journal = Journal(db, encode_event)
         journal.attach()
-        leases = LeaseManager(db, on_garbage=lambda: None)
+        leases = LeaseManager(db, mutations=UNHEARD)
         await leases.begin(await db.write(meta.next_epoch))
         lock = GcLock()
         content = LocalContentStore(root, db, events=journal, gc_lock=lock, trace=trace)
@@ -173,8 +174,8 @@ async def open_storage(
         async def collect() -> None:
             await collector.collect()
 
-        images = LocalImageStore(db, journal, on_garbage=lambda: None, collect=collect)
-        containers = LocalContainerStore(db, journal, on_garbage=lambda: None)
+        images = LocalImageStore(db, journal, mutations=UNHEARD, collect=collect)
+        containers = LocalContainerStore(db, journal, mutations=UNHEARD)
         applier = Applier(content, root / "scratch")
         unpacker = LayerUnpacker(
             content, snapshotters, applier, leases, default="overlayfs", trace=trace

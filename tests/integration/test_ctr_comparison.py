@@ -149,11 +149,7 @@ async def test_a_stock_ctr_cannot_tell_the_difference(places, made, request):
         kill_processes_of(stock.address)
         shutil.rmtree(directory)
         leaks.clear(before)
-    async with (
-        node_directory() as directory,
-        # Debian's collects what no lease holds after a hundred changes, or when it is asked to.
-        ContainerdProcess(directory, options=("--gc-delay=3600",)) as running,
-    ):
+    async with node_directory() as directory, ContainerdProcess(directory) as running:
         ours = await asyncio.to_thread(play, running.address, places("ours", directory))
         assert await running.stop() == 0
     leaks.clear(before)

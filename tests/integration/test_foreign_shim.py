@@ -85,7 +85,9 @@ async def running(busybox):
         pytest.fail(f"{PROGRAM} is not installed: it comes with Debian's package containerd")
     before = leaks.taken()
     async with node_directory() as directory:
-        node = Node(directory, ("--runtime", f"{RUNTIME}={PROGRAM}", "--gc-delay", "0"))
+        node = Node(
+            directory, ("--runtime", f"{RUNTIME}={PROGRAM}", "--gc-deletion-threshold", "1")
+        )
         async with node:
             image.write_oci_archive(busybox, directory / "image.tar", IMAGE)
             node.ctr("images", "import", directory / "image.tar")

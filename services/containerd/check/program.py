@@ -25,6 +25,7 @@ from services.containerd.content.local import LocalContentStore
 from services.containerd.diff.local_applier import LocalApplier
 from services.containerd.diff.pool import WorkerPool
 from services.containerd.gc.lock import GcLock
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.leases.manager import LeaseManager
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.remotes.mirrors import DistributionRegistries
@@ -99,7 +100,7 @@ async def opened(given: argparse.Namespace) -> AsyncIterator[Checker]:
         hosts = tuple(Path(part) for part in given.registry_hosts.split(":") if part)
         registries = await stack.enter_async_context(DistributionRegistries(hosts=hosts))
         events, ids = _NoEvents(), SnapshotIds()
-        leases = LeaseManager(db, on_garbage=lambda: None)
+        leases = LeaseManager(db, mutations=UNHEARD)
         store = LocalContentStore(root, db, events=events, gc_lock=GcLock())
         yield Checker(
             root,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from services.common.database import Database
     from services.containerd.events.sink import EventSink
+    from services.containerd.gc.mutations import Mutations
 
 _CHANGEABLE = ("labels", "spec", "extensions", "image", "snapshotkey")
 
@@ -37,13 +38,13 @@ class LocalContainerStore:
     Args:
         db: the open database.
         events: where what happens to containers is told.
-        on_garbage: called when something may have become garbage.
+        mutations: told of every change.
     """
 
-    def __init__(self, db: Database, events: EventSink, *, on_garbage: Callable[[], None]) -> None:
+    def __init__(self, db: Database, events: EventSink, *, mutations: Mutations) -> None:
         self._db = db
         self._events = events
-        self._on_garbage = on_garbage
+        self._mutations = mutations
 
     async def get(self, namespace: str, container_id: str) -> Container:
         """See :class:`ContainerStore`."""
@@ -79,6 +80,7 @@ class LocalContainerStore:
             )
 
         await self._db.write(record)
+        self._mutations.changed()
         return new
 
     async def update(
@@ -110,7 +112,7 @@ class LocalContainerStore:
             return new
 
         updated = await self._db.write(change)
-        self._on_garbage()
+        self._mutations.changed()
         return updated
 
     async def delete(self, namespace: str, container_id: str) -> None:
@@ -128,7 +130,7 @@ class LocalContainerStore:
             )
 
         await self._db.write(forget)
-        self._on_garbage()
+        self._mutations.deleted()
 
 
 def _not_found(namespace: str, container_id: str) -> NotFound:

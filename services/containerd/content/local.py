@@ -31,9 +31,7 @@ import structlog
 
 from services.common.disk import NO_FLOOR
 from services.common.errors import (
-    AlreadyExists,
     InvalidArgument,
-    NotFound,
     OutOfRange,
     ResourceExhausted,
     Unavailable,
@@ -43,7 +41,14 @@ from services.containerd.content.files import install, unlink
 from services.containerd.content.ingest import IngestFile
 from services.containerd.content.labels import changed_labels, checked_labels
 from services.containerd.content.reconcile import Leftovers, find_leftovers
-from services.containerd.content.records import fields_of, info_of, ingest_fields_of
+from services.containerd.content.records import (
+    blob_exists,
+    fields_of,
+    info_of,
+    ingest_fields_of,
+    no_blob,
+    no_ingest,
+)
 from services.containerd.content.store import (
     CHUNK_BYTES,
     MANIFEST_MAX_BYTES,
@@ -52,6 +57,7 @@ from services.containerd.content.store import (
 )
 from services.containerd.content.writer import LocalWriter, Publication
 from services.containerd.filters import parse
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.keyed_lock import KeyedLock
 from services.containerd.leases.lease import CONTENT, INGESTS, add_resource, current_lease
 from services.containerd.metadata import content as rows
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
     from services.common.disk import DiskFloor
     from services.containerd.events.sink import EventSink
     from services.containerd.gc.lock import GcLock
+    from services.containerd.gc.mutations import Mutations
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +87,7 @@ class LocalContentStore:
         db: the open database.
         events: where what happens to blobs is told.
         gc_lock: held shared around each pair of file and row.
+        mutations: told of every change.
         floor: how much room data has to leave on the disk.
         trace: called with the name of each step that a crash may follow, for tests.
     """
@@ -91,6 +99,7 @@ class LocalContentStore:
         *,
         events: EventSink,
         gc_lock: GcLock,
+        mutations: Mutations = UNHEARD,
         floor: DiskFloor = NO_FLOOR,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -99,6 +108,7 @@ class LocalContentStore:
         self._db = db
         self._events = events
         self._gc_lock = gc_lock
+        self._mutations = mutations
         self._floor = floor
         self._trace = trace
         self._blob_locks: KeyedLock[str] = KeyedLock()
@@ -112,7 +122,7 @@ class LocalContentStore:
         split_digest(digest)
         row = self._db.look(lambda tx: rows.get(tx, namespace, digest))
         if row is None:
-            raise _no_blob(namespace, digest)
+            raise no_blob(namespace, digest)
         return info_of(row)
 
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[ContentInfo]:
@@ -130,14 +140,16 @@ class LocalContentStore:
         def change(tx: sqlite3.Connection) -> ContentInfo:
             row = rows.get(tx, namespace, digest)
             if row is None:
-                raise _no_blob(namespace, digest)
+                raise no_blob(namespace, digest)
             new = changed_labels(info_of(row).labels, labels, fields)
             rows.set_labels(tx, namespace, digest, new, now_ns=time.time_ns())
             changed = rows.get(tx, namespace, digest)
             assert changed is not None, "a row that was just written is there"
             return info_of(changed)
 
-        return await self._db.write(change)
+        changed = await self._db.write(change)
+        self._mutations.changed()
+        return changed
 
     async def delete(self, namespace: str, digest: str) -> None:
         """See :class:`ContentStore`."""
@@ -146,7 +158,7 @@ class LocalContentStore:
 
         def forget(tx: sqlite3.Connection) -> None:
             if not rows.delete(tx, namespace, digest):
-                raise _no_blob(namespace, digest)
+                raise no_blob(namespace, digest)
             remove_resource(tx, namespace, lease, CONTENT, digest)
             self._events.append(
                 tx,
@@ -158,6 +170,7 @@ class LocalContentStore:
 
         async with self._gc_lock.shared():
             await self._db.write(forget)
+            self._mutations.deleted()
             await uninterrupted(self.release([digest]))
 
     async def release(self, digests: Iterable[str]) -> int:
@@ -194,7 +207,7 @@ class LocalContentStore:
         try:
             return await asyncio.to_thread(self._blob_path(digest).read_bytes)
         except FileNotFoundError as error:
-            raise _no_blob(namespace, digest) from error
+            raise no_blob(namespace, digest) from error
 
     async def chunks(
         self, namespace: str, digest: str, *, offset: int = 0, size_bytes: int = 0
@@ -209,7 +222,7 @@ class LocalContentStore:
                 os.open, self._blob_path(digest), os.O_RDONLY | os.O_CLOEXEC
             )
         except FileNotFoundError as error:
-            raise _no_blob(namespace, digest) from error
+            raise no_blob(namespace, digest) from error
         try:
             while offset < end:
                 data = await asyncio.to_thread(os.pread, fd, min(CHUNK_BYTES, end - offset), offset)
@@ -249,7 +262,7 @@ class LocalContentStore:
         """See :class:`ContentStore`."""
         row = await self._db.read(lambda tx: rows.get_ingest(tx, namespace, ref))
         if row is None:
-            raise _no_ingest(namespace, ref)
+            raise no_ingest(namespace, ref)
         return await asyncio.to_thread(self._status, row)
 
     async def statuses(self, namespace: str, filters: Sequence[str] = ()) -> list[IngestStatus]:
@@ -346,6 +359,7 @@ class LocalContentStore:
             if row is None:
                 await asyncio.to_thread(shutil.rmtree, self._ingests / ingest_id, True)
             raise
+        self._mutations.changed()
         if recorded is not None:
             shared_bytes = shared_bytes or 0
             return LocalWriter(self, recorded, file=file, shared_bytes=shared_bytes, lease=lease)
@@ -353,7 +367,7 @@ class LocalContentStore:
             file.close()
         if file is not None or row is not None:
             await self._drop(namespace, ref, ingest_id, "")
-        raise _blob_exists(namespace, expected)
+        raise blob_exists(namespace, expected)
 
     async def _publish(self, publication: Publication) -> ContentInfo:
         digest = publication.digest
@@ -368,9 +382,10 @@ class LocalContentStore:
                 self._trace("renamed")
             info = await self._db.write(lambda tx: self._record(tx, publication))
         self._trace("recorded")
+        self._mutations.changed()
         await asyncio.to_thread(shutil.rmtree, self._ingests / publication.ingest_id, True)
         if info is None:
-            raise _blob_exists(publication.namespace, digest)
+            raise blob_exists(publication.namespace, digest)
         return info
 
     def _record(self, tx: sqlite3.Connection, publication: Publication) -> ContentInfo | None:
@@ -406,7 +421,7 @@ class LocalContentStore:
     async def _abort(self, namespace: str, ref: str) -> None:
         row = await self._db.read(lambda tx: rows.get_ingest(tx, namespace, ref))
         if row is None:
-            raise _no_ingest(namespace, ref)
+            raise no_ingest(namespace, ref)
         writer = self._writers.get((namespace, ref))
         if writer is not None:
             await writer.cancel()
@@ -421,6 +436,7 @@ class LocalContentStore:
 
         await self._db.write(forget)
         self._trace("ingest dropped")
+        self._mutations.changed()
         await asyncio.to_thread(shutil.rmtree, self._ingests / ingest_id, True)
         if expected:  # the ingest may have been what kept another namespace's blob
             await self.release([expected])
@@ -476,23 +492,4 @@ def _record_ingest(
         total_bytes=total_bytes,
         expected=expected,
         now_ns=time.time_ns(),
-    )
-
-
-def _no_blob(namespace: str, digest: str) -> NotFound:
-    return NotFound(
-        f"content {digest} does not exist in namespace {namespace!r}", resource=("content", digest)
-    )
-
-
-def _blob_exists(namespace: str, digest: str) -> AlreadyExists:
-    return AlreadyExists(
-        f"content {digest} exists already in namespace {namespace!r}", resource=("content", digest)
-    )
-
-
-def _no_ingest(namespace: str, ref: str) -> NotFound:
-    return NotFound(
-        f"no write with ref {ref!r} is under way in namespace {namespace!r}",
-        resource=("ingest", ref),
     )

@@ -50,11 +50,12 @@ class CollectedSnapshots(Protocol):
 
 @frozen
 class Collection:
-    """What a collection did."""
+    """What a collection did; for ``pause_s`` of its ``seconds`` others may have waited for it."""
 
     removed: tuple[Node, ...]
     freed_bytes: int
     seconds: float
+    pause_s: float
 
 
 class Collector:
@@ -98,13 +99,17 @@ class Collector:
             # Mostly there is nothing, and nobody who writes has to wait while that is found out.
             # What becomes garbage after this look asks for a collection of its own.
             if not self._unclean and not await self._db.read(_unreachable):
-                return Collection((), 0, time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                return Collection((), 0, seconds, seconds)
+            looked_s = time.perf_counter() - began
             async with self._lock.exclusive():
+                alone_since = time.perf_counter()
                 removed = await self._db.write(self._sweep)
                 self._trace("swept")
                 freed_bytes = await self._content.release(
                     dict.fromkeys(node.id for node in removed if node.type == CONTENT)
                 )
+                pause_s = looked_s + time.perf_counter() - alone_since
             self._trace("blobs collected")
             for node in removed:
                 if node.type == INGESTS:
@@ -125,7 +130,7 @@ class Collector:
                 freed_bytes=freed_bytes,
                 seconds=round(seconds, 3),
             )
-        return Collection(tuple(removed), freed_bytes, seconds)
+        return Collection(tuple(removed), freed_bytes, seconds, pause_s)
 
     def _sweep(self, tx: sqlite3.Connection) -> list[Node]:
         removed = _unreachable(tx)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from services.common.database import Database
     from services.containerd.events.sink import EventSink
+    from services.containerd.gc.mutations import Mutations
 
 
 class LocalImageStore:
@@ -31,7 +32,7 @@ class LocalImageStore:
     Args:
         db: the open database.
         events: where what happens to images is told.
-        on_garbage: called when something may have become garbage.
+        mutations: told of every change.
         collect: collects garbage now, for deletions that wait for it.
     """
 
@@ -40,12 +41,12 @@ class LocalImageStore:
         db: Database,
         events: EventSink,
         *,
-        on_garbage: Callable[[], None],
+        mutations: Mutations,
         collect: Callable[[], Awaitable[object]],
     ) -> None:
         self._db = db
         self._events = events
-        self._on_garbage = on_garbage
+        self._mutations = mutations
         self._collect = collect
 
     async def get(self, namespace: str, name: str) -> Image:
@@ -72,6 +73,7 @@ class LocalImageStore:
             self._record(tx, namespace, new, lease, verb="create")
 
         await self._db.write(record)
+        self._mutations.changed()
         return new
 
     async def update(self, namespace: str, image: Image, fields: Sequence[str] = ()) -> Image:
@@ -90,7 +92,7 @@ class LocalImageStore:
             return new
 
         updated = await self._db.write(change)
-        self._on_garbage()
+        self._mutations.changed()
         return updated
 
     async def put(self, namespace: str, image: Image) -> Image:
@@ -112,7 +114,7 @@ class LocalImageStore:
             return new
 
         recorded = await self._db.write(record)
-        self._on_garbage()
+        self._mutations.changed()
         return recorded
 
     async def delete(
@@ -138,7 +140,7 @@ class LocalImageStore:
             )
 
         await self._db.write(forget)
-        self._on_garbage()
+        self._mutations.deleted()
         if sync:
             await self._collect()
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from services.common.database import Database
+    from services.containerd.gc.mutations import Mutations
 
 log = structlog.get_logger(__name__)
 
@@ -43,12 +44,12 @@ class LeaseManager:
 
     Args:
         db: the open database.
-        on_garbage: called when something may have become garbage.
+        mutations: told of every change.
     """
 
-    def __init__(self, db: Database, *, on_garbage: Callable[[], None]) -> None:
+    def __init__(self, db: Database, *, mutations: Mutations) -> None:
         self._db = db
-        self._on_garbage = on_garbage
+        self._mutations = mutations
         self._epoch = 0
 
     async def begin(self, epoch: int) -> None:
@@ -109,6 +110,7 @@ class LeaseManager:
                 )
 
         await self._db.write(record)
+        self._mutations.changed()
         return Lease(lease_id, checked, now_ns)
 
     async def delete(self, namespace: str, lease_id: str) -> None:
@@ -119,7 +121,7 @@ class LeaseManager:
             rows.delete(tx, namespace, lease_id)
 
         await self._db.write(forget)
-        self._on_garbage()
+        self._mutations.deleted()
 
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[Lease]:
         """See :class:`Leases`."""
@@ -139,6 +141,7 @@ class LeaseManager:
             rows.add_resource(tx, namespace, lease_id, resource.type, resource.id)
 
         await self._db.write(record)
+        self._mutations.changed()
 
     async def remove(self, namespace: str, lease_id: str, resource: Resource) -> None:
         """See :class:`Leases`."""
@@ -149,7 +152,7 @@ class LeaseManager:
             rows.remove_resource(tx, namespace, lease_id, resource.type, resource.id)
 
         await self._db.write(forget)
-        self._on_garbage()
+        self._mutations.deleted()
 
     async def resources(self, namespace: str, lease_id: str) -> list[Resource]:
         """See :class:`Leases`."""

@@ -21,6 +21,7 @@ import structlog
 from yarl import URL
 
 from services.common.errors import FailedPrecondition
+from services.containerd.durations import parse_duration
 from services.containerd.remotes.endpoint import (
     ALL_CAPABILITIES,
     Capability,
@@ -40,8 +41,6 @@ _DEFAULT = "_default"
 _KEYS = frozenset(
     {"capabilities", "ca", "client", "skip_verify", "header", "override_path", "dial_timeout"}
 )
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.1
 
 
@@ -233,10 +232,10 @@ class _HostsFile:
         value = table.get("dial_timeout", "")
         if value == "":
             return None
-        match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
+        seconds = parse_duration(value) if isinstance(value, str) else None
+        if seconds is None:
             raise self._wrong(_join(where, "dial_timeout"), f"is {value!r}: write it as in '5s'")
-        return float(match[1]) * _UNITS_S[match[2]]
+        return seconds
 
     def _note_unknown(self, where: str, table: Mapping[str, Any], known: frozenset[str]) -> None:
         for key in table.keys() - known:

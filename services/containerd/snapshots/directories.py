@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.metadata import snapshots as rows
 from services.containerd.snapshots import tree
 from services.containerd.snapshots.discards import Discards
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from services.common.database import Database
     from services.common.mounts import Mount
     from services.containerd.events.sink import EventSink
+    from services.containerd.gc.mutations import Mutations
     from services.containerd.snapshots.collaborators import SnapshotLeases
 
 log = structlog.get_logger(__name__)
@@ -51,6 +53,7 @@ class DirectorySnapshotter(RecordedSnapshotter):
         events: where what happens to snapshots is told.
         leases: what keeps snapshots from the collector.
         ids: shared by all snapshotters of the database; None: there is but this one.
+        mutations: told of every change.
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
@@ -65,11 +68,14 @@ class DirectorySnapshotter(RecordedSnapshotter):
         events: EventSink,
         leases: SnapshotLeases,
         ids: SnapshotIds | None = None,
+        mutations: Mutations = UNHEARD,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         if set(str(root)) & set(":,\\"):
             raise InvalidArgument(f"root {root} must have none of : , \\ in its path", field="root")
-        super().__init__(db, events=events, leases=leases, ids=ids, trace=trace)
+        super().__init__(
+            db, events=events, leases=leases, ids=ids, mutations=mutations, trace=trace
+        )
         self.root = root / "snapshots" / self.name
         self._discards = Discards(self._throw_away)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from services.common.frozen import frozen
 from services.containerd.content.labels import checked_labels
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.metadata import snapshots as rows
 from services.containerd.snapshots.snapshotter import Kind, SnapshotInfo, Usage
 from services.containerd.uninterrupted import uninterrupted
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from services.common.database import Database
     from services.common.mounts import Mount
     from services.containerd.events.sink import EventSink
+    from services.containerd.gc.mutations import Mutations
     from services.containerd.snapshots.collaborators import SnapshotLeases
 
 TARGET_LABEL = "containerd.io/snapshot.ref"
@@ -75,6 +77,7 @@ class RecordedSnapshotter(ABC):
         events: where what happens to snapshots is told.
         leases: what keeps snapshots from the collector.
         ids: shared by all snapshotters of the database; None: there is but this one.
+        mutations: told of every change.
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
@@ -88,12 +91,14 @@ class RecordedSnapshotter(ABC):
         events: EventSink,
         leases: SnapshotLeases,
         ids: SnapshotIds | None = None,
+        mutations: Mutations = UNHEARD,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._db = db
         self._events = events
         self._leases = leases
         self._ids = ids or SnapshotIds()
+        self._mutations = mutations
         self._trace = trace
         self._being_made: set[int] = set()
 
@@ -163,7 +168,9 @@ class RecordedSnapshotter(ABC):
             rows.set_labels(tx, row.id, new, now_ns=time.time_ns())
             return _info(rows.get(tx, self._space(namespace), key))
 
-        return await self._db.write(change)
+        info = await self._db.write(change)
+        self._mutations.changed()
+        return info
 
     async def usage(self, namespace: str, key: str) -> Usage:
         """See :class:`Snapshotter`."""
@@ -245,6 +252,7 @@ class RecordedSnapshotter(ABC):
 
         await self._db.write(record)
         self._trace("committed")
+        self._mutations.changed()
 
     async def remove(self, namespace: str, key: str) -> None:
         """See :class:`Snapshotter`."""
@@ -294,6 +302,7 @@ class RecordedSnapshotter(ABC):
         finally:
             self._being_made.discard(new.id)
         self._trace("prepared")
+        self._mutations.changed()
         return await self._mounts(row, ancestors)
 
     def _insert(self, tx: sqlite3.Connection, new: NewSnapshot, lease: str, backend: str) -> None:
@@ -320,6 +329,7 @@ class RecordedSnapshotter(ABC):
 
         row = await self._db.write(forget)
         self._trace("row deleted")
+        self._mutations.deleted()
         await self._discard(row)
 
     async def _refuse(self, namespace: str, key: str, lease: str) -> None:

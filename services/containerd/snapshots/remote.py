@@ -30,6 +30,7 @@ from services.common.errors import (
     TheseusError,
     Unimplemented,
 )
+from services.containerd.gc.mutations import UNHEARD
 from services.containerd.metadata import leftovers, meta
 from services.containerd.metadata import snapshots as rows
 from services.containerd.snapshots.recorded import (
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from services.common.database import Database
     from services.common.mounts import Mount
     from services.containerd.events.sink import EventSink
+    from services.containerd.gc.mutations import Mutations
     from services.containerd.snapshots.collaborators import SnapshotLeases
     from services.containerd.snapshots.snapshotter import Snapshotter
 
@@ -71,6 +73,7 @@ class RemoteSnapshotter(RecordedSnapshotter):
         leases: what keeps snapshots from the collector.
         capabilities: what the service can do that not every one can.
         ids: shared by all snapshotters of the database; None: there is but this one.
+        mutations: told of every change.
         trace: called with the name of each step that a crash may follow, for tests.
     """
 
@@ -83,9 +86,12 @@ class RemoteSnapshotter(RecordedSnapshotter):
         leases: SnapshotLeases,
         capabilities: Sequence[str] = (),
         ids: SnapshotIds | None = None,
+        mutations: Mutations = UNHEARD,
         trace: Callable[[str], None] = lambda _: None,
     ) -> None:
-        super().__init__(db, events=events, leases=leases, ids=ids, trace=trace)
+        super().__init__(
+            db, events=events, leases=leases, ids=ids, mutations=mutations, trace=trace
+        )
         self.name = backend.name
         self.capabilities = tuple(capabilities)
         self._backend = backend

@@ -146,9 +146,9 @@ async def test_update_refuses(meta: Metadata, change: dict[str, object], fields:
 
 async def test_delete_asks_for_a_collection_and_tells(meta: Metadata) -> None:
     await meta.containers.create(NS, CONTAINER)
-    before = len(meta.garbage_requests)
+    before = meta.mutations.deletions
     await meta.containers.delete(NS, "web-1")
-    assert len(meta.garbage_requests) > before
+    assert meta.mutations.deletions > before
     assert await meta.topics() == ["/containers/create", "/containers/delete"]
     for call in (
         meta.containers.get(NS, "web-1"),

@@ -17,11 +17,10 @@ from services.common.errors import AlreadyExists, Unavailable
 from services.containerd.containers.store import Container
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.content.local import LocalContentStore
-from services.containerd.gc.collector import Collection, Collector
+from services.containerd.gc.collector import Collector
 from services.containerd.gc.conditions import holds
 from services.containerd.gc.graph import Node
 from services.containerd.gc.lock import GcLock
-from services.containerd.gc.scheduler import GcSchedule
 from services.containerd.images.store import Image
 from services.containerd.leases.lease import Resource, current_lease
 from services.containerd.metadata import snapshots as snapshot_rows
@@ -509,47 +508,3 @@ async def test_a_collector_that_gives_up_waiting_lets_workers_in() -> None:
             pass
     async with asyncio.timeout(1), lock.exclusive():
         pass
-
-
-class CountingCollector:
-    def __init__(self) -> None:
-        self.runs = 0
-        self.fail = False
-        self.changed = asyncio.Event()
-
-    async def collect(self) -> Collection:
-        self.runs += 1
-        self.changed.set()
-        if self.fail:
-            self.fail = False
-            raise OSError("the disk is full")
-        return Collection((), 0, 0.0)
-
-    async def wait(self, runs: int) -> None:
-        async with asyncio.timeout(5):
-            while self.runs < runs:
-                self.changed.clear()
-                await self.changed.wait()
-
-
-async def test_requests_are_gathered_failures_tried_again_and_time_is_enough() -> None:
-    collector = CountingCollector()
-    observed: list[Collection] = []
-    schedule = GcSchedule(
-        collector, delay_s=0.001, interval_s=60, observe=observed.append, retry_s=0.001
-    )
-    async with Background() as background:
-        background.start(schedule.run(), name="gc")
-        for _ in range(100):
-            schedule.request()
-        await collector.wait(1)
-        collector.fail = True
-        schedule.request()
-        await collector.wait(3)  # the one that failed, and the one after it
-        assert len(observed) == 2
-        await schedule.collect()
-        assert collector.runs == 4
-    by_time = GcSchedule(collector, delay_s=0, interval_s=0.001, observe=observed.append)
-    async with Background() as background:
-        background.start(by_time.run(), name="gc")
-        await collector.wait(6)

@@ -124,7 +124,7 @@ async def test_delete_of_another_target_is_not_found(meta: Metadata) -> None:
 async def test_only_a_synchronous_delete_waits_for_the_collection(meta: Metadata) -> None:
     await meta.images.create(NS, IMAGE)
     await meta.images.delete(NS, IMAGE.name)
-    assert (len(meta.garbage_requests), len(meta.collections)) == (1, 0)
+    assert (meta.mutations.deletions, len(meta.collections)) == (1, 0)
     await meta.images.create(NS, IMAGE)
     await meta.images.delete(NS, IMAGE.name, sync=True)
     assert len(meta.collections) == 1

@@ -12,6 +12,7 @@ from services.containerd import plugins
 from services.containerd.content.descriptor import Descriptor, Platform
 from services.containerd.gc.collector import Collection
 from services.containerd.gc.graph import Node
+from services.containerd.gc.policy import GcPolicy
 from services.containerd.images.store import Image
 from services.containerd.metadata import meta as meta_rows
 from services.containerd.metrics import ContainerdMetrics, join_pages
@@ -26,6 +27,7 @@ ALL = plugins.list_plugins(
     snapshotters={
         "overlayfs": plugins.Plugged({"root": "/r/snapshots/overlayfs"}, ("rebase", "remap-ids"))
     },
+    gc=GcPolicy(schedule_delay_s=0.5),
 )
 
 
@@ -34,6 +36,16 @@ def test_a_client_finds_the_snapshotter_with_its_platform() -> None:
     assert found.platforms == (Platform("linux", "amd64"),)
     assert found.exports == {"root": "/r/snapshots/overlayfs"}
     assert found.capabilities == ("rebase", "remap-ids")
+
+
+def test_a_client_finds_when_garbage_is_collected() -> None:
+    [found] = plugins.find(ALL, ["id==scheduler"])
+    assert found.exports == {
+        "PauseThreshold": "0.02",
+        "DeletionThreshold": "0",
+        "MutationThreshold": "100",
+        "ScheduleDelay": "500ms",
+    }
 
 
 def test_filters_on_plugins() -> None:
@@ -65,7 +77,10 @@ async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
     async with open_metadata(tmp_path) as meta:
         await meta.images.create("a", Image("x", Descriptor("t", "sha256:" + "a" * 64, 1)))
         await metrics.refresh(meta.db)
-        metrics.observe_collection(Collection((Node("snapshots/overlayfs", "a", "k"),), 7, 0.1))
+        metrics.observe_collection(
+            Collection((Node("snapshots/overlayfs", "a", "k"),), 7, 0.1, 0.1)
+        )
+        metrics.observe_collection(None)
     with metrics.timed_transfer("pull"):
         pass
     with pytest.raises(ZeroDivisionError), metrics.timed_transfer("pull"):
@@ -78,6 +93,8 @@ async def test_metrics_show_what_is_recorded(tmp_path: Path) -> None:
     assert "theseus_containerd_journal_seq 1.0" in page
     assert 'theseus_containerd_gc_removed_total{kind="snapshots"} 1.0' in page
     assert "theseus_containerd_gc_freed_bytes_total 7.0" in page
+    for outcome in ("ok", "failed"):
+        assert f'theseus_containerd_gc_collections_total{{outcome="{outcome}"}} 1.0' in page
 
 
 def test_pages_are_joined_by_family() -> None:

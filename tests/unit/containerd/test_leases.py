@@ -38,7 +38,7 @@ async def test_life_of_a_lease(meta: Metadata) -> None:
     with pytest.raises(AlreadyExists):
         await meta.leases.create(NS, "mine")
     await meta.leases.delete(NS, "mine")
-    assert meta.garbage_requests
+    assert meta.mutations.deletions
     with pytest.raises(NotFound, match="lease 'mine' does not exist"):
         await meta.leases.delete(NS, "mine")
 

@@ -9,9 +9,11 @@ import pytest
 
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented
 from services.common.errors import Unavailable as Gone
-from services.containerd.config_file import ProxySnapshotter, read_proxy_plugins
+from services.containerd.config import parse
+from services.containerd.config_file import ProxySnapshotter, read_config_file
 from services.containerd.gc.collector import Collector
 from services.containerd.gc.lock import GcLock
+from services.containerd.gc.policy import GcPolicy
 from services.containerd.metadata import leftovers
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import TARGET_LABEL
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 NS = "test"
+SCHEDULER = '[plugins."io.containerd.gc.v1.scheduler"]\n'
 
 
 class Crash(Exception):
@@ -252,10 +255,23 @@ def test_proxy_plugins_are_read_from_a_config_file(tmp_path: Path) -> None:
         'address = "/run/s.sock"\ncapabilities = ["rebase"]\n'
         '[proxy_plugins.other]\ntype = "snapshot"\naddress = "unix:///o"\n'
     )
-    assert read_proxy_plugins(file) == (
+    assert read_config_file(file).proxy_snapshotters == (
         ProxySnapshotter("stargz", "/run/s.sock", ("rebase",)),
         ProxySnapshotter("other", "unix:///o"),
     )
+    assert read_config_file(file).gc == GcPolicy()
+
+
+def test_the_schedule_of_collections_is_read_from_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[plugins."io.containerd.gc.v1.scheduler"]\npause_threshold = 0.1\n'
+        'deletion_threshold = 3\nmutation_threshold = 0\nschedule_delay = "1.5s"\n'
+        'startup_delay = "0s"\n'
+    )
+    assert read_config_file(file).gc == GcPolicy(0.1, 3, 0, 1.5, 0.0)
+    options = ["--config", str(file), "--gc-startup-delay", "7", "--gc-deletion-threshold", "0"]
+    assert parse(options).gc == GcPolicy(0.1, 0, 0, 1.5, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +286,11 @@ def test_proxy_plugins_are_read_from_a_config_file(tmp_path: Path) -> None:
         ("[proxy_plugins]\nx = 1", InvalidArgument, "no table"),
         ("proxy_plugins = 1", InvalidArgument, "no table"),
         ("=", InvalidArgument, "config"),
+        (f"{SCHEDULER}pause_threshold = -0.1", InvalidArgument, "-0.1, not a number"),
+        (f"{SCHEDULER}deletion_threshold = 0.5", InvalidArgument, "0.5, not a whole number"),
+        (f"{SCHEDULER}mutation_threshold = true", InvalidArgument, "True, not a whole number"),
+        (f"{SCHEDULER}schedule_delay = 5", InvalidArgument, "5, not a time"),
+        (f"{SCHEDULER}pause = 5", InvalidArgument, "'pause', and can have pause_threshold"),
     ],
 )
 def test_config_files_that_make_no_sense(
@@ -278,9 +299,9 @@ def test_config_files_that_make_no_sense(
     file = tmp_path / "config.toml"
     file.write_text(text)
     with pytest.raises(error, match=words):
-        read_proxy_plugins(file)
+        read_config_file(file)
 
 
 def test_a_config_file_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="nowhere"):
-        read_proxy_plugins(tmp_path / "nowhere")
+        read_config_file(tmp_path / "nowhere")
