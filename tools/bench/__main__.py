@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _RESULTS = Path("benchmarks")
 _NEEDED = ("runc", "crun", "docker-registry", "mkfs.ext4", "igzip")
-_QUICK_S = 138.0
+_QUICK_S = 148.0
 """After so long a quick run measures no more: it has three minutes, its end included."""
 
 _EVERYBODY = Subject("everybody", Role.PEER)

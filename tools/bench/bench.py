@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from tools.bench.engines.bare import Bare
 from tools.bench.figures import Figures, Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from tools.bench.engines.engine import Engine
@@ -111,16 +111,23 @@ class Bench:
         """A directory on the stage, with a disk of its own."""
         return self.stage.place(name)
 
+    @asynccontextmanager
+    async def started(self, kind: type[Engine]) -> AsyncIterator[Engine]:
+        """An engine that has the picture of busybox, and ends with the block."""
+        began = time.perf_counter()
+        engine = kind(self.stage.place(kind.__name__.lower()), self.pictures)
+        try:
+            await engine.start()
+            await engine.pull(self.pictures.reference(self.pictures.busybox_name))
+            self.say(f"  {kind.subject.name} is up ({time.perf_counter() - began:.1f} s)")
+            yield engine
+        finally:
+            await engine.close()
+
     async def _running(self, kind: type[Engine]) -> Engine | None:
         key = kind.__name__
         if key not in self._engines:
             self._engines[key] = None
             with self.forgiving(kind.subject, "start"):
-                began = time.perf_counter()
-                engine = kind(self.stage.place(key.lower()), self.pictures)
-                self._stack.push_async_callback(engine.close)
-                await engine.start()
-                await engine.pull(self.pictures.reference(self.pictures.busybox_name))
-                self._engines[key] = engine
-                self.say(f"  {kind.subject.name} is up ({time.perf_counter() - began:.1f} s)")
+                self._engines[key] = await self._stack.enter_async_context(self.started(kind))
         return self._engines[key]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tools.bench.engines.engine import Engine
 
 _PROC = Path("/proc")
+_KSM = Path("/sys/kernel/mm/ksm")
 
 
 def pss_by_tier(engine: Engine) -> dict[str, tuple[int, float]]:
@@ -36,6 +37,14 @@ def merges(engine: Engine) -> bool:
             if "ksm_mergeable: yes" in (_PROC / str(pid) / "ksm_stat").read_text():
                 return True
     return False
+
+
+def merging() -> bool:
+    """Whether the kernel looks for equal pages at this moment."""
+    try:
+        return (_KSM / "run").read_text().strip() == "1"
+    except OSError:  # it has no KSM
+        return False
 
 
 def pss_mib(pid: int) -> float:
@@ -70,6 +79,14 @@ def command(pid: int) -> list[str]:
     except OSError:
         return []
     return [word for word in words if word]
+
+
+def name(pid: int) -> str:
+    """What a process is called (proc_pid_comm(5)); empty if it has ended."""
+    try:
+        return (_PROC / str(pid) / "comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
 
 
 def _commands() -> Iterator[tuple[int, list[str]]]:

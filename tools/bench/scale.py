@@ -14,6 +14,7 @@ class Scale:
         pulls: timed rounds of pulls and other things that take seconds.
         fleet: containers that are started for a rate, and that run beside a recovery.
         crowds: containers that run beside what is measured.
+        packed: containers that run with several to a shim.
         records: container records that a list has.
         events: events in the journal.
         layers: layers of an image.
@@ -28,6 +29,7 @@ class Scale:
     pulls: int
     fleet: int
     crowds: tuple[int, ...]
+    packed: int
     records: tuple[int, ...]
     events: tuple[int, ...]
     layers: tuple[int, ...]
@@ -43,6 +45,7 @@ FULL = Scale(
     pulls=5,
     fleet=200,
     crowds=(0, 50, 200),
+    packed=200,
     records=(10, 100, 1000),
     events=(10, 10_000),
     layers=(1, 20, 100),
@@ -57,6 +60,7 @@ QUICK = Scale(
     pulls=1,
     fleet=8,
     crowds=(0, 8),
+    packed=64,
     records=(10, 40),
     events=(10, 500),
     layers=(1, 8),

@@ -75,7 +75,7 @@ class MemoryMerger:
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._restore)
         if self._allowed and (self._ksm / "run").exists():
-            self._requested.set()  # there may be shims from before
+            self.request()  # there may be shims from before
             self._background.start(self._run(), name="memory-merger")
         return self
 
@@ -96,9 +96,11 @@ class MemoryMerger:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_AGAIN_S):
                     await self._requested.wait()
-            while self._requested.is_set():
-                self._requested.clear()
-                await asyncio.sleep(self._settling_s)
+            with suppress(TimeoutError):
+                while True:  # until no shim was started for so long
+                    self._requested.clear()
+                    async with asyncio.timeout(self._settling_s):
+                        await self._requested.wait()
             try:
                 await self._burst()
             except OSError as error:
@@ -107,9 +109,9 @@ class MemoryMerger:
 
     async def _burst(self) -> None:
         try:
-            if not await uninterrupted(asyncio.to_thread(self._begin)):
+            first = await uninterrupted(asyncio.to_thread(self._begin))
+            if first is None:
                 return
-            first = self._number("full_scans")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_BURST_LIMIT_S):
                     while self._number("full_scans") < first + _SCANS:  # noqa: ASYNC110 - the kernel tells of no scan
@@ -122,22 +124,27 @@ class MemoryMerger:
             pages_saved=self._number("pages_sharing"),
         )
 
-    def _begin(self) -> bool:
-        """Let KSM run if nobody else has a say in it; returns whether it does. Blocks."""
+    def _begin(self) -> int | None:
+        """Let KSM run, if nobody else has a say in it. Blocks.
+
+        Returns:
+            How many scans there were before; None: it does not run.
+        """
         if self._read("run") != _STOPPED:
             log.debug("KSM is somebody else's: it runs, or is to unmerge")
-            return False
+            return None
         shims, other = self._mergeable()
         if other:
             log.info("KSM is left off: others have memory to be merged", process=other)
-            return False
+            return None
         if shims < 2:
-            return False
+            return None
         found = {name: self._read(name) for name in (*_FAST, "run")}
         self._saved.write_text(json.dumps(found))
+        first = self._number("full_scans")
         for name, value in {**_FAST, "run": "1"}.items():
             (self._ksm / name).write_text(value)
-        return True
+        return first
 
     def _restore(self) -> None:
         """Put back what was found before a burst, if there was one."""

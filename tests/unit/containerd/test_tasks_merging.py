@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,8 +47,10 @@ class Kernel:
     def scanned(self, number: int) -> None:
         (self.ksm / "full_scans").write_text(str(number))
 
-    def merger(self, *, allowed: bool = True) -> MemoryMerger:
-        return MemoryMerger(self.saved, allowed=allowed, ksm=self.ksm, proc=self.proc, settling_s=0)
+    def merger(self, *, allowed: bool = True, settling_s: float = 0) -> MemoryMerger:
+        return MemoryMerger(
+            self.saved, allowed=allowed, ksm=self.ksm, proc=self.proc, settling_s=settling_s
+        )
 
 
 @pytest.fixture
@@ -67,6 +70,17 @@ async def test_a_burst_lasts_three_scans_and_leaves_the_switches_as_they_were(
             kernel.scanned(number)
             await eventually(lambda: kernel.switches() == FOUND and not kernel.saved.exists())
             merger.request()
+
+
+async def test_a_burst_begins_when_no_shim_was_started_for_so_long_and_no_later(
+    kernel: Kernel,
+) -> None:
+    async with kernel.merger(settling_s=1) as merger:
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        merger.request()
+        await eventually(lambda: kernel["run"] == "1")
+        assert 1 <= time.monotonic() - began < 1.7
 
 
 async def test_a_stop_in_a_burst_ends_it(kernel: Kernel) -> None:
@@ -106,18 +120,16 @@ async def test_the_kernel_is_left_alone(kernel: Kernel, why: str) -> None:
     async with merger:
         await asyncio.to_thread(lambda: None)
         if why != "off":
-            assert not await asyncio.to_thread(merger._begin)
+            assert await asyncio.to_thread(merger._begin) is None
         assert kernel.switches() == before
         assert not kernel.saved.exists()
 
 
 async def test_a_kernel_that_does_not_go_along_has_its_switches_back(kernel: Kernel) -> None:
-    (kernel.ksm / "full_scans").unlink()
-    async with kernel.merger(allowed=False) as merger:
-        with pytest.raises(FileNotFoundError):
-            await merger._burst()
-    assert kernel.switches() == FOUND
-    assert not kernel.saved.exists()
+    async with kernel.merger():
+        await eventually(lambda: kernel["run"] == "1")
+        (kernel.ksm / "full_scans").unlink()
+        await eventually(lambda: kernel.switches() == FOUND and not kernel.saved.exists())
 
 
 async def test_a_kernel_without_ksm_is_no_failure(tmp_path: Path) -> None:

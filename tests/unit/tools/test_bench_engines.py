@@ -8,9 +8,12 @@ import threading
 import pytest
 
 from protos.containerd.task.v2 import shim_pb2
-from tools.bench.engines import CONTAINERDS, DAEMONS, ttrpc
+from tools.bench import memory
+from tools.bench.engines import CONTAINERDS, DAEMONS, PACKED, packed, spec, ttrpc
+from tools.bench.engines.containerd import theseus_tier
 from tools.bench.engines.engine import BenchError, Plan
 from tools.bench.engines.server import Server
+from tools.bench.engines.spec import specification
 from tools.bench.figures import Role
 from tools.bench.memory import processes, pss_mib
 from tools.bench.pictures import big_files, chain, chain_id, many_files
@@ -26,7 +29,7 @@ class _Pictures:
         return f"registry/{name}:latest"
 
 
-@pytest.mark.parametrize("kind", [*CONTAINERDS, *DAEMONS])
+@pytest.mark.parametrize("kind", [*CONTAINERDS, *DAEMONS, *PACKED])
 def test_engines_keep_all_that_is_theirs_below_their_place(kind, tmp_path):
     engine = kind(tmp_path, _Pictures())
 
@@ -36,9 +39,37 @@ def test_engines_keep_all_that_is_theirs_below_their_place(kind, tmp_path):
 
 
 def test_a_comparison_has_one_of_ours_and_peers():
-    for kinds in (CONTAINERDS, DAEMONS):
+    for kinds in (CONTAINERDS, DAEMONS, PACKED):
         assert [kind.subject.role for kind in kinds].count(Role.OURS) == 1
         assert len({kind.api for kind in kinds}) == 1
+
+
+async def test_containers_of_debians_containerd_are_of_one_group_after_the_other(
+    tmp_path, monkeypatch
+):
+    groups = []
+
+    async def create(self, plan):
+        groups.append(specification(plan)["annotations"]["io.containerd.runc.v2.group"])
+        return str(len(groups))
+
+    monkeypatch.setattr(packed.DebianContainerd, "create", create)
+    monkeypatch.setattr(spec, "_default", lambda: {"process": {}, "mounts": []})
+    engine = packed.PackedDebian(tmp_path, _Pictures())
+    for _ in range(2 * packed.EACH + 1):
+        await engine.create(Plan())
+
+    assert [groups.count(group) for group in dict.fromkeys(groups)] == [16, 16, 1]
+    assert "annotations" not in specification(Plan())
+
+
+def test_a_shim_that_waits_is_containerds(monkeypatch):
+    argv = ["python", "-m", "services.shim", "factory"]
+    names = {1: "theseus-shim", 2: "theseus-waiting"}
+    monkeypatch.setattr(memory, "parent", lambda _: 1)
+    monkeypatch.setattr(memory, "name", names.get)
+
+    assert [theseus_tier(pid, argv) for pid in names] == ["shim", "containerd"]
 
 
 def test_many_files_are_as_many_as_asked_for_and_the_same_every_time():

@@ -7,9 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from tools.bench.case import Case
+from tools.bench.engines import PACKED
+from tools.bench.engines.engine import BenchError
+from tools.bench.engines.packed import EACH
 from tools.bench.figures import Quantity, Unit
 from tools.bench.fleet import fleet
-from tools.bench.memory import merges, pss_by_tier
+from tools.bench.memory import merges, merging, pss_by_tier
 
 if TYPE_CHECKING:
     from tools.bench.bench import Bench
@@ -20,8 +23,9 @@ Tiers = dict[str, tuple[int, float]]
 _LOOK_S = 1.0
 _LESS = 0.98
 _STEADY_S = 3.0
-_MERGED_S = 8.0
-_MERGED_EACH_S = 0.15
+_TO_MERGE_S = 8.0
+"""After that it is no more to be expected that pages are merged, if none were yet."""
+
 _SETTLING_MAX_S = 120.0
 AXIS = "idle containers"
 SERVERS = ("daemon", "containerd")
@@ -39,15 +43,32 @@ async def _measure(bench: Bench) -> None:
                 for size in bench.scale.crowds:
                     await ships.grow(size)
                     await ships.check()
-                    _weigh(bench, engine, size, await _settled(engine, size))
+                    _weigh(bench, engine, size, await _settled(engine))
+    for kind in PACKED:
+        with bench.forgiving(kind.subject, f"{EACH} containers to a shim"):
+            await _packed(bench, kind, bench.scale.packed)
 
 
-async def _settled(engine: Engine, size: int) -> Tiers:
-    """Memory by tier with ``size`` containers, once it does not become less any more."""
+async def _packed(bench: Bench, kind: type[Engine], size: int) -> None:
+    """The same for shims that several containers share."""
+    async with bench.started(kind) as engine, fleet(engine, size) as ships:
+        await ships.check()
+        count, shims = (await _settled(engine))["shim"]
+        if count != -(-size // EACH):
+            raise BenchError(f"{size} containers have {count} shims, {EACH} to each")
+        what = f"the shim of an idle container, {EACH} to a shim"
+        bench.figures.add(memory_quantity(engine, what, size), engine.subject, shims / size)
+
+
+async def _settled(engine: Engine) -> Tiers:
+    """Memory by tier, once it does not become less any more."""
     lowest = tiers = pss_by_tier(engine)
     since = began = time.monotonic()
+    always, merged = merging(), False  # somebody else's KSM does not tell when it is through
     while time.monotonic() - began < _SETTLING_MAX_S:
-        steady_s = max(_MERGED_S, size * _MERGED_EACH_S) if merges(engine) else _STEADY_S
+        if merging() and not always:
+            since, merged = time.monotonic(), True
+        steady_s = _TO_MERGE_S if merges(engine) and not merged else _STEADY_S
         if time.monotonic() - since >= steady_s:
             break
         await asyncio.sleep(_LOOK_S)
@@ -83,7 +104,9 @@ MEMORY = Case(
     "Memory",
     "Proportional set size (PSS) of an engine's own processes: what they share with one another "
     "is divided between them. Processes in containers do not count. containerd includes its "
-    "helpers (shim factory, unpackers). One sample each, taken when it has not become less for "
-    "3 s, or 8 to 30 s where the kernel merges equal pages (KSM), as Theseus has it do for shims.",
+    "helpers (shim factory, shims that wait, unpackers). Several containers to a shim are "
+    "Theseus' by configuration, and containerd's by their group, as in a pod. One sample each, "
+    "taken when it has not become less for 3 s. Where the kernel merges equal pages (KSM), as "
+    "Theseus has it do for shims, these are 3 s after that.",
     _measure,
 )

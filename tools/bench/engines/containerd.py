@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 API = "containerd's"
 _INIT = 1
+_WAITING = "theseus-waiting"
 METRICS = "metrics.sock"
 """Below the state directory of Theseus' tiers."""
 
@@ -213,14 +214,15 @@ class DebianContainerd(_Containerd):
         return "shim" if "shim" in Path(argv[0]).name else "containerd"
 
 
-def theseus_containerd(place: Path, root: Path, state: Path) -> Server:
-    """Theseus' containerd on these directories."""
+def theseus_containerd(place: Path, root: Path, state: Path, *options: str) -> Server:
+    """Theseus' containerd on these directories, with further options."""
     return Server(
         "containerd",
         [
             *(sys.executable, "-m", "services.containerd"),
             *("--root", str(root), "--state", str(state)),
             *("--metrics-address", f"unix:{state / METRICS}"),
+            *options,
         ],
         address=state / "containerd.sock",
         answers=containerd_api.version,
@@ -232,9 +234,10 @@ def theseus_tier(pid: int, argv: Sequence[str]) -> str:
     """Which tier a process of Theseus belongs to, if not to the daemon.
 
     A shim is a fork of the factory and has its command line; the factory may be gone by now. The
-    factory, the keeper of descriptors and the unpackers are containerd's.
+    factory, shims that wait for a container, the keeper of descriptors and the unpackers are
+    containerd's.
     """
-    if "factory" not in argv:
+    if "factory" not in argv or memory.name(pid) == _WAITING:
         return "containerd"
     above = memory.parent(pid)
     forked = above == _INIT or "factory" in memory.command(above)

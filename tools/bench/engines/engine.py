@@ -47,6 +47,7 @@ class Plan:
         picture: reference of the image; empty: busybox.
         binds: host path to path in the container, read-only.
         log: whether its output is kept.
+        group: those with the same name share a shim, where the engine has that; empty: none.
     """
 
     command: Sequence[str] = TRUE
@@ -55,6 +56,7 @@ class Plan:
     picture: str = ""
     binds: Mapping[str, str] | None = None
     log: bool = False
+    group: str = ""
 
 
 class Engine(Protocol):

@@ -12,6 +12,9 @@ from typing import Any
 
 from tools.bench.engines.engine import Plan
 
+_GROUP = "io.containerd.runc.v2.group"
+"""The annotation by which containerd's own shims are shared."""
+
 
 def specification(plan: Plan, *, cgroup: str = "") -> dict[str, Any]:
     """What ``runc spec`` writes, with the command of a plan; no network but loopback."""
@@ -19,6 +22,8 @@ def specification(plan: Plan, *, cgroup: str = "") -> dict[str, Any]:
     spec["process"]["args"] = list(plan.command)
     if cgroup:
         spec["linux"]["cgroupsPath"] = cgroup
+    if plan.group:
+        spec["annotations"] = {_GROUP: plan.group}
     for source, target in (plan.binds or {}).items():
         options = ["rbind", "ro"]
         mount = {"destination": target, "type": "bind", "source": source, "options": options}
