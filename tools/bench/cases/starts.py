@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
+import socket
 import time
 import uuid
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-import aiohttp
-
 from protos.containerd.task.v2 import shim_pb2
 from tools.bench.case import Case
 from tools.bench.engines import ttrpc
 from tools.bench.engines.command import output
-from tools.bench.engines.containerd import METRICS, DebianContainerd, TheseusContainerd
-from tools.bench.engines.engine import IDLE, BenchError, Plan
+from tools.bench.engines.containerd import DebianContainerd, TheseusContainerd
+from tools.bench.engines.engine import CALL_S, IDLE, BenchError, Plan
 from tools.bench.engines.spec import write_bundle
 from tools.bench.figures import Quantity
 from tools.bench.rounds import Stopwatch, Trial, interleave
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 CONTAINERD = Quantity("starts", "start of containerd to its first answer")
 DAEMON = Quantity("starts", "start of the daemon to its first answer, containerd being there")
 SHIM = Quantity("starts", "start of a shim until it answers")
+WAITING = Quantity("starts", "start of a shim that has waited until it answers")
 _TASK = "containerd.task.v2.Task"
+_OUR_TASK = "containerd.task.v3.Task"
+_ANSWER_MAX_BYTES = 65536
 BOTH = Quantity("starts", "start of daemon and containerd at once to the daemon's first answers")
 
 
@@ -50,6 +54,7 @@ async def _measure(bench: Bench) -> None:
     shims: list[Trial] = []
     for engine in await bench.containerds():
         if isinstance(engine, TheseusContainerd):
+            await engine.destroy(await engine.create(Plan(command=IDLE)))  # the factory is there
             shims.append(Trial(engine.subject, partial(_our_shim, engine), "the shim"))
         elif isinstance(engine, DebianContainerd):
             shims.append(Trial(engine.subject, partial(_debian_shim, engine), "the shim"))
@@ -57,47 +62,78 @@ async def _measure(bench: Bench) -> None:
 
 
 async def _our_shim(engine: TheseusContainerd, watch: Stopwatch) -> None:
-    """By the tier's own metric: a container is created, and its shim's start was noted."""
-    path = engine.servers[0].address.with_name(METRICS)
-    before = await _shim_starts(path)
-    await engine.destroy(await engine.create(Plan(command=IDLE)))
-    after = await _shim_starts(path)
-    if after[1] - before[1] != 1:
-        raise BenchError(f"{after[1] - before[1]} shims were started for one container")
-    watch.found[SHIM] = after[0] - before[0]
+    """As its containerd starts one: forked for the request, and one that has waited for it."""
+    for quantity, waits in ((SHIM, False), (WAITING, True)):
+        with _bundle(engine) as bundle:
+            watch.found[quantity] = await asyncio.to_thread(_born, engine, bundle, waits=waits)
 
 
-async def _shim_starts(path: Path) -> tuple[float, float]:
-    """Seconds and number of all starts of shims."""
-    name = "theseus_containerd_shim_start_seconds"
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
-        session.get("http://containerd/metrics") as answer,
-    ):
-        lines = (await answer.text()).splitlines()
-    found = dict(line.rsplit(" ", 1) for line in lines if line.startswith(name))
-    return float(found[f"{name}_sum"]), float(found[f"{name}_count"])
+def _born(engine: TheseusContainerd, bundle: Path, *, waits: bool) -> float:
+    """Ask the factory for a shim; returns the seconds until that has answered a first call."""
+    state = engine.servers[0].address.parent
+    address = str(bundle.with_suffix(".sock"))
+    request = {
+        "namespace": "bench",
+        "id": bundle.name,
+        "bundle": str(bundle),
+        "socket": address,
+        "registry": str(bundle.with_suffix(".nobody")),  # containerd knows nothing of it
+        "instance_id": uuid.uuid4().hex,
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        line.settimeout(CALL_S)
+        line.connect(str(state / "factory.sock"))
+        if waits:
+            _tell(line, {"wait_in": str(state)})
+        began = time.perf_counter()
+        _tell(line, request)
+        _connect(address, _OUR_TASK, bundle.name)
+        seconds = time.perf_counter() - began
+        _shut_down(address, _OUR_TASK, bundle.name)
+        line.recv(1)  # nothing: it has ended, or it would write into a bundle that is gone
+    return seconds
+
+
+def _tell(line: socket.socket, request: dict[str, str]) -> None:
+    line.send(json.dumps(request).encode())
+    answer = json.loads(line.recv(_ANSWER_MAX_BYTES) or b'{"error": "it has ended"}')
+    if "error" in answer:
+        raise BenchError(f"no shim: {answer['error']}")
 
 
 async def _debian_shim(engine: DebianContainerd, watch: Stopwatch) -> None:
     """As its containerd starts it, to its answer to a first call."""
-    name = uuid.uuid4().hex
-    bundle = engine.place / f"bundle-{name}"
-    await asyncio.to_thread(write_bundle, bundle)
-    with _log(bundle / "log"):
+    with _bundle(engine) as bundle, _log(bundle / "log"):
         began = time.perf_counter()
         said = await output(
             *("env", "-C", str(bundle), "containerd-shim-runc-v2", "-namespace", "bench"),
             *("-address", str(engine.servers[0].address)),
-            *("-publish-binary", "/usr/bin/containerd", "-id", name, "start"),
+            *("-publish-binary", "/usr/bin/containerd", "-id", bundle.name, "start"),
         )
         address = said.strip().removeprefix("unix://")
-        connect = shim_pb2.ConnectRequest(id=name)
-        await asyncio.to_thread(ttrpc.call, address, _TASK, "Connect", connect)
+        await asyncio.to_thread(_connect, address, _TASK, bundle.name)
         watch.found[SHIM] = time.perf_counter() - began
-        shutdown = shim_pb2.ShutdownRequest(id=name, now=True)
-        with suppress(BenchError, ConnectionError):  # it may end before it answers
-            await asyncio.to_thread(ttrpc.call, address, _TASK, "Shutdown", shutdown)
+        await asyncio.to_thread(_shut_down, address, _TASK, bundle.name)
+
+
+def _connect(address: str, service: str, name: str) -> None:
+    ttrpc.call(address, service, "Connect", shim_pb2.ConnectRequest(id=name))
+
+
+def _shut_down(address: str, service: str, name: str) -> None:
+    with suppress(BenchError, ConnectionError):  # it may end before it answers
+        ttrpc.call(address, service, "Shutdown", shim_pb2.ShutdownRequest(id=name, now=True))
+
+
+@contextmanager
+def _bundle(engine: Engine) -> Iterator[Path]:
+    """A bundle that no containerd knows of."""
+    bundle = engine.place / f"bundle-{uuid.uuid4().hex}"
+    write_bundle(bundle)
+    try:
+        yield bundle
+    finally:
+        shutil.rmtree(bundle)
 
 
 @contextmanager
@@ -136,7 +172,8 @@ STARTS = Case(
     "starts",
     "Start of each tier",
     "From the start of the program, on a root that was in use before and holds no container, to "
-    "the answer to a first call over a new connection. dockerd starts its own containerd. Theseus' "
-    "shims are forked by a factory that was started before; its containerd counts what it takes.",
+    "the answer to a first call over a new connection. dockerd starts its own containerd. A shim "
+    "is started as its containerd does, without a container: Theseus' by its factory, which runs "
+    "already, containerd's is a program. Theseus has two shims wait, unless told otherwise.",
     _measure,
 )
