@@ -28,13 +28,13 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.shim import shim_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 PACKET_MAX_BYTES = 65536
 FDS_MAX = 100
@@ -87,6 +87,7 @@ def _run(path: Path, serving: Callable[[], None]) -> int:
 
 def _detach(tell: int) -> None:
     """Say that there is a keeper, and let go of the terminal and the pipes of who started it."""
+    Path("/proc/self/comm").write_text(shim_cgroup.KEEPER_NAME)
     os.write(tell, b"k")
     os.close(tell)
     os.chdir("/")

@@ -16,8 +16,9 @@ import pytest
 from protos.theseus.shim.v1 import control_pb2
 from services.common import errors
 from services.common.linux import process_start_time
+from services.shim.shim_cgroup import PATH, ROOT
 from tests.fakes.eventually import eventually
-from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, plain_spec
+from tests.fakes.shim_harness import REPOSITORY, FactoryProcess, KeeperProcess, plain_spec
 
 
 @pytest.fixture
@@ -26,6 +27,13 @@ async def factory(tmp_path):
     yield factory
     if factory.process.poll() is None:
         assert factory.stop() == 0
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    keeper = KeeperProcess(tmp_path)
+    yield keeper
+    keeper.leave()
 
 
 async def test_answer_comes_when_the_shim_serves_and_names_it(maker):
@@ -47,8 +55,9 @@ async def test_answer_comes_when_the_shim_serves_and_names_it(maker):
     os.kill(answer["pid"], signal.SIGTERM)
 
 
-async def test_shim_is_detached_from_the_factory(maker, factory):
-    shim = await maker.start(maker.bundle(plain_spec("/bin/true")))
+async def test_shim_is_detached_from_the_factory(maker, factory, keeper):
+    bundle = maker.bundle(plain_spec("/bin/true"))
+    shim = await maker.start(bundle, keeper=str(keeper.socket))
     assert os.getsid(shim.pid) == shim.pid
     assert Path(f"/proc/{shim.pid}/comm").read_text().strip() == "theseus-shim"
     targets = {str(Path(f"/proc/{shim.pid}/fd/{fd}").readlink()) for fd in range(3)}
@@ -60,6 +69,11 @@ async def test_shim_is_detached_from_the_factory(maker, factory):
     info = await shim.info()
     assert (info.pid, info.id, info.namespace) == (shim.pid, shim.id, "test")
     assert not info.registered
+    # Of those in the shims' cgroup the keeper leaves last: it is the one that removes it.
+    os.kill(shim.pid, signal.SIGTERM)
+    await shim.ended()
+    keeper.leave()
+    await eventually(lambda: not any(ROOT.glob(f"*/{PATH}")))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,10 @@ class KeeperProcess:
         self._connection.close()
         os.close(pidfd)
 
+    def leave(self) -> None:
+        """Let go of it: it ends by itself once it is of no use."""
+        self._connection.close()
+
     def held(self) -> int:
         """How many descriptors it holds for shims."""
         found = []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,8 @@ from protos.containerd.cgroups.v1 import metrics_pb2 as v1
 from protos.containerd.cgroups.v2 import metrics_pb2 as v2
 from services.shim import cgroups
 from services.shim.rpc.stats import cgroup_metrics
-from services.shim.shim_cgroup import Home
+from services.shim.shim_cgroup import PATH, ROOT, Home
+from tests.fakes.shim_harness import REPOSITORY
 
 
 def tree(root, files):
@@ -177,3 +179,44 @@ def test_shims_enter_and_leave_a_cgroup_of_their_own(tmp_path):
     home.leave()
     assert not (root / "memory/theseus").exists()
     assert (root / "memory/containerd/cgroup.procs").read_text() == "0"
+
+
+MEMBER = """
+import pathlib, sys
+from services.shim.shim_cgroup import PATH, ROOT, Home
+from tests.fakes.shim_harness import REPOSITORY
+for _ in range(300):
+    home = Home(proc=pathlib.Path(sys.argv[1]))
+    home.enter()
+    assert not home.skipped, home.skipped
+    home.leave()
+"""
+
+
+@pytest.mark.root
+def test_one_enters_while_another_leaves(tmp_path):
+    """Whoever leaves removes the cgroup, at times between two steps of one who enters."""
+    proc = tmp_path / "cgroup"
+    hierarchy = "freezer" if (ROOT / "freezer").is_dir() else ""  # one of many is enough
+    proc.write_text(f"1:{hierarchy}:/\n")
+    command = [sys.executable, "-c", MEMBER, str(proc)]
+    members = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(3)]
+    assert [member.wait(60) for member in members] == [0, 0, 0]
+    assert not (ROOT / hierarchy / PATH).exists()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not (ROOT / "cpuset").is_dir(), reason="cgroup v2: none can be like that")
+def test_nothing_is_left_of_a_cgroup_that_cannot_be_entered(tmp_path):
+    barren = ROOT / "cpuset" / tmp_path.name  # without CPUs, as every new one
+    barren.mkdir()
+    (tmp_path / "cpuset").symlink_to(barren)
+    proc = tmp_path / "cgroup"
+    proc.write_text("3:cpuset:/\n")
+    home = Home(tmp_path, proc)
+    try:
+        home.enter()
+        assert home.skipped == {str(tmp_path / "cpuset" / PATH): "No space left on device"}
+        assert not (barren / "theseus").exists()
+    finally:
+        barren.rmdir()
