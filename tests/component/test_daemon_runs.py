@@ -56,6 +56,22 @@ async def test_an_older_containerd_is_asked_by_steps(made):
     assert starting(made.node) == expected
 
 
+async def test_an_older_containerd_is_asked_once_until_it_may_be_another(made):
+    made.node.serves_runs = False
+    for name in ("one", "two", "three"):
+        await made.run(name, **QUIET)
+    assert made.node.calls.count("Runs.Run") == 1
+    assert made.node.calls.count("Tasks.Start") == 3
+    # Upgraded while nobody called it.
+    await made.node.stop()
+    made.node.serves_runs = True
+    await made.node.start()
+    for name in ("four", "five"):
+        await made.run(name, **QUIET)
+    assert made.node.calls.count("Runs.Run") == 3
+    assert made.node.calls.count("Tasks.Start") == 3
+
+
 async def test_a_command_that_cannot_run_leaves_nothing(made):
     identity = await made.create("one", **QUIET)
     invalid = grpc.StatusCode.INVALID_ARGUMENT

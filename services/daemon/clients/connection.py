@@ -10,12 +10,13 @@ import grpc
 from google.protobuf import empty_pb2
 
 from protos.containerd.services.version.v1 import version_pb2_grpc
+from services.common.background import Background
 from services.common.client import connect
 from services.common.errors import Cancelled, DeadlineExceeded, Unavailable
 from services.common.rpc_errors import translated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 TIMEOUT_S = 30.0
@@ -54,6 +55,7 @@ class Connection:
         self.socket = socket
         self.namespace = namespace
         self.channel = connect(socket, namespace=namespace)
+        self._background = Background()
 
     @contextmanager
     def calls(self) -> Iterator[None]:
@@ -88,6 +90,20 @@ class Connection:
             return ""
         return answer.version
 
+    def when_lost(self, forget: Callable[[], None]) -> None:
+        """Call ``forget`` when the connection ends: the next may be to another version.
+
+        Calls do not tell: gRPC makes those again that had no answer yet, even a stream.
+        """
+        self._background.start(self._watch(forget), name="connection to containerd")
+
+    async def _watch(self, forget: Callable[[], None]) -> None:
+        ready = grpc.ChannelConnectivity.READY
+        while self.channel.get_state() is ready:
+            await self.channel.wait_for_state_change(ready)
+        forget()
+
     async def close(self) -> None:
         """Close the channel."""
+        await self._background.stop()
         await self.channel.close()

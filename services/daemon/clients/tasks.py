@@ -16,6 +16,7 @@ from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
     NotFound,
+    Unimplemented,
 )
 from services.daemon.clients.connection import TIMEOUT_S
 from services.daemon.clients.containers import PROCESS_TYPE, container_to_pb, runtime_options
@@ -45,6 +46,7 @@ class ContainerdTasks:
         self._connection = connection
         self._stub = tasks_pb2_grpc.TasksStub(connection.channel)
         self._runs = runs_pb2_grpc.RunsStub(connection.channel)
+        self._without_runs = False
 
     async def create(
         self, container_id: str, *, rootfs: Sequence[RootMount], stdio: Stdio, runtime: str
@@ -64,13 +66,24 @@ class ContainerdTasks:
     async def run(
         self, container: NewContainer, *, rootfs: Sequence[RootMount], stdio: Stdio
     ) -> int:
-        """See the interface."""
+        """See the interface. A containerd that does not know it is asked once, until it goes."""
+        if self._without_runs:
+            raise Unimplemented(f"containerd at {self._connection.socket} runs nothing in one call")
         request = runs_pb2.RunRequest(
             container=container_to_pb(container),
             task=_create_request(container.id, rootfs, stdio, container.runtime),
         )
-        with self._connection.calls():
-            return (await self._runs.Run(request, timeout=_CREATE_TIMEOUT_S)).pid
+        try:
+            with self._connection.calls():
+                return (await self._runs.Run(request, timeout=_CREATE_TIMEOUT_S)).pid
+        except Unimplemented:
+            if not self._without_runs:  # of several calls under way the first one notes it
+                self._without_runs = True
+                self._connection.when_lost(self._ask_again)
+            raise
+
+    def _ask_again(self) -> None:
+        self._without_runs = False
 
     async def start(self, container_id: str, exec_id: str = "") -> int:
         """See the interface."""
