@@ -50,6 +50,8 @@ class _Containerd:
     def __init__(self, place: Path, pictures: Pictures) -> None:
         self.place = place
         self._pictures = pictures
+        self._output = place / "root" / "output.log"
+        """On the disk, where daemons keep their logs."""
         self.servers: tuple[Server, ...] = (self._server(place),)
         self._api: ContainerdApi | None = None
         self._parents: dict[str, str] = {}
@@ -106,7 +108,7 @@ class _Containerd:
 
     async def create(self, plan: Plan) -> str:
         """See Engine."""
-        target = f"file://{self.place}/output.log" if plan.log else ""
+        target = f"file://{self._output}" if plan.log else ""
         return await self.calls.create(plan, parent=self._parent(plan), output=target)
 
     async def begin(self, container: str) -> None:
@@ -151,7 +153,7 @@ class _Containerd:
     async def log_path(self, container: str) -> Path:
         """See Engine."""
         del container
-        return self.place / "output.log"
+        return self._output
 
     async def version(self) -> str:
         """See Engine."""
