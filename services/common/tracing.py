@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _DEFAULT_PROTOCOL = "http/protobuf"
+_CREDENTIALS = "_CREDENTIAL_PROVIDER"
 _LAST_EXPORT_S = 2.0
 
 
@@ -51,6 +52,14 @@ def requested() -> bool:
     )
 
 
+def stays_connected() -> bool:
+    """Whether a connection of the recorder's is left after ``flush``, if it records."""
+    if not requested():
+        return False
+    named = any(name.endswith(_CREDENTIALS) for name in os.environ)  # a session that is not ours
+    return named or _protocol() != _DEFAULT_PROTOCOL
+
+
 def prepare() -> None:
     """Import what spans need, for processes that are forked from this one.
 
@@ -63,18 +72,24 @@ def prepare() -> None:
 
 
 def configure(service: str, **attributes: str) -> None:
-    """Record spans from now on if the environment asks for it: once per process, after forks.
+    """Record spans from now on if the environment asks for it, in a process that forks no more.
+
+    Args:
+        service: the tier; the process' recorder, with its thread, is made by the first call.
+        attributes: of every span until the next call.
 
     Raises:
         FailedPrecondition: OpenTelemetry is not installed.
         InvalidArgument: the environment names a protocol that there is not.
     """
     if requested():
-        _process.recorder = _Recorder(service, attributes)
+        if _process.recorder is None:
+            _process.recorder = _Recorder(service)
+        _process.recorder.attributes = dict(attributes)
 
 
 def flush() -> None:
-    """Export what is recorded so far. Blocks, two seconds at most."""
+    """Export what is recorded so far, and hang up. Blocks, two seconds at most."""
     if _process.recorder is not None:
         # A collector that does not answer must not hold up whoever ends, or is replaced.
         last = threading.Thread(target=_process.recorder.flush, name="last-spans", daemon=True)
@@ -115,25 +130,35 @@ class _Nothing:
 
 
 class _Recorder:
-    """Makes spans and has them exported in the background."""
+    """Makes spans and has them exported in the background.
 
-    def __init__(self, service: str, attributes: dict[str, str]) -> None:
-        exporter = _exporter_class()()
+    Attributes:
+        attributes: what every span gets, beside its own.
+    """
+
+    def __init__(self, service: str) -> None:
+        kind, self._session = _exporter_class(), None
+        if not stays_connected():
+            import requests
+
+            self._session = requests.Session()
+        exporter = kind(session=self._session) if self._session is not None else kind()
         from opentelemetry import context, propagate, trace
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+        self.attributes: dict[str, str | int] = {}
         self.context, self.trace, self.propagate = context, trace, propagate
-        resource = Resource.create(
-            {"service.name": service, "service.version": VERSION, **attributes}
-        )
+        resource = Resource.create({"service.name": service, "service.version": VERSION})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self._provider.get_tracer("theseus", VERSION)
 
     def flush(self) -> None:
         self._provider.force_flush()
+        if self._session is not None:
+            self._session.close()  # it may be used again: the next export connects anew
 
     def span(
         self,
@@ -150,7 +175,9 @@ class _Recorder:
 
     def calling(self, method: str, metadata: Any) -> Any:
         made = self.tracer.start_span(
-            method[1:], kind=self.trace.SpanKind.CLIENT, attributes=_rpc(method)
+            method[1:],
+            kind=self.trace.SpanKind.CLIENT,
+            attributes={**self.attributes, **_rpc(method)},
         )
         carrier: dict[str, str] = {}
         self.propagate.inject(carrier, self.trace.set_span_in_context(made))
@@ -173,7 +200,7 @@ class _Recorded:
             name,
             context=parent,
             kind=recorder.trace.SpanKind[kind],
-            attributes=attributes,
+            attributes={**recorder.attributes, **attributes},
         )
         self._token: Any = None
 
@@ -204,8 +231,12 @@ def _rpc(method: str) -> dict[str, str | int]:
     return {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
 
 
+def _protocol() -> str:
+    return next(filter(None, map(os.environ.get, _PROTOCOLS)), _DEFAULT_PROTOCOL)
+
+
 def _exporter_class() -> Any:
-    protocol = next(filter(None, map(os.environ.get, _PROTOCOLS)), _DEFAULT_PROTOCOL)
+    protocol = _protocol()
     try:
         if protocol == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as over_grpc

@@ -55,6 +55,7 @@ REQUEST_MAX_BYTES = 65536
 LIVES_MAX = 100
 """Containers that a process is the shim of, one after the other: what leaks a little ends."""
 _REQUEST_LIMIT_S = 5.0
+_SERVICE = "theseus-shim"
 # Of objects made: a shim has few, and lives on; collecting every 700 took a sixth of its time.
 _COLLECT_EVERY = 20_000
 
@@ -161,6 +162,8 @@ class _Process:
 
     async def run(self, request: bytes | None, metrics: ShimMetrics) -> None:
         """Be one shim after the other, the first the one of ``request``, if there is one."""
+        # While it waits: it takes milliseconds, and has a thread that goes on from life to life.
+        tracing.configure(_SERVICE)
         before = Possessions.now()
         for _ in range(LIVES_MAX):
             executor = ThreadPoolExecutor()
@@ -206,7 +209,7 @@ class _Process:
         """Whether it may be another container's shim: nothing is left of this one then."""
         if self._place is None or self._has_hung_up():
             return False
-        if not shim.without_incident or tracing.requested():
+        if not shim.without_incident or tracing.stays_connected():
             return False
         if found := await left_over(before):
             reply(self._connection, {"ends": found})
@@ -228,7 +231,7 @@ async def _live(
     shim: Shim, config: ShimConfig, serving: Serving, successor: Successor | None = None
 ) -> None:
     logs.describe(config.log_level, namespace=config.namespace, shim_id=config.id)
-    tracing.configure("theseus-shim", **{"container.id": config.id})
+    tracing.configure(_SERVICE, **{"container.id": config.id})
     try:
         await shim.run(config, serving, successor)
     finally:

@@ -73,7 +73,7 @@ class Possessions:
 async def left_over(before: Possessions) -> dict[str, object]:
     """What the process has that it had not before, once all that is about to go has gone."""
     for thread in threading.enumerate():
-        if thread is not threading.main_thread():
+        if not thread.daemon and thread is not threading.main_thread():  # the exporter's is one
             thread.join(_THREAD_END_S)  # it was told to end, and has nothing to do
     found = Possessions.now().beside(before)
     for look in range(_LOOKS):

@@ -82,7 +82,7 @@ async def test_a_call_is_one_trace_on_both_sides(collector, stub):
     assert {served.kind, made.kind} == {2, 3}  # server, client
     assert served.attributes["code"] == "OK"
     assert len(served.attributes["request_id"]) == 16
-    assert collector.one("outside").attributes == {"answer": "42"}
+    assert collector.one("outside").attributes == {"answer": "42", "fact": "known"}
     assert {span.service for span in collector.spans} == {"program"}
 
 
