@@ -17,7 +17,7 @@ from services.common.client import connect
 from services.common.rpc_errors import translated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     import grpc
 
@@ -118,19 +118,48 @@ class Engine:
         request: Request,
         *,
         deadline_s: float = DEADLINE_S,
+        resumes: bool = False,
     ) -> Response:
-        """One call.
+        """One call; one that ``resumes`` something waits for an engine that went away.
 
         Raises:
             TheseusError: what the engine said, or that it cannot be reached.
         """
-        unreached, unready = Patience(_CONNECT_S), Patience(_UNREADY_S)
+
+        async def attempt() -> Response:
+            return await method(request, timeout=deadline_s)
+
+        return await self.insist(
+            attempt, repeatable=resumes, connect_s=PATIENCE_S if resumes else _CONNECT_S
+        )
+
+    async def insist(
+        self,
+        attempt: Callable[[], Awaitable[Response]],
+        *,
+        repeatable: bool,
+        connect_s: float = _CONNECT_S,
+    ) -> Response:
+        """Make an attempt at a call until the engine has heard it.
+
+        Args:
+            attempt: makes the call.
+            repeatable: whether one that broke off may be made again, whatever came of it.
+            connect_s: how long the engine may be away at first.
+
+        Raises:
+            TheseusError: what the engine said, or that it cannot be reached.
+        """
+        unreached, unready = Patience(connect_s), Patience(_UNREADY_S)
         while True:
             try:
                 with self.failures():
-                    return await method(request, timeout=deadline_s)
-            except _Interrupted:
-                raise  # it may have been done: only the caller knows whether to ask again
+                    return await attempt()
+            except (_Interrupted, Cancelled) as error:
+                if not repeatable:
+                    raise  # it may have been done: only the caller knows whether to ask again
+                unreached = Patience()  # it was there, and will be again
+                await unreached.pause(error)
             except _Unreached as error:
                 await unreached.pause(error)
             except Unavailable as error:

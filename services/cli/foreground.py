@@ -10,7 +10,7 @@ import asyncio
 import signal
 import sys
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from protos.theseus.engine.v1 import containers_pb2 as pb
 from services.cli import terminal
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from services.cli.engine import Engine
-    from services.cli.session import Session
 
 _PROXIED = (
     signal.SIGHUP,
@@ -38,6 +37,21 @@ _INSISTENT = 3
 _LOST = 125
 
 
+class Coupled(Protocol):
+    """The standard streams of a process, coupled with ours; see :class:`Session`."""
+
+    detached: asyncio.Event
+
+    def started(self, *, detachable: bool = False) -> None:
+        """The process runs."""
+
+    def resize(self) -> None:
+        """Tell the process the size that our terminal has now."""
+
+    async def written(self) -> None:
+        """Returns when all output was written."""
+
+
 class Foreground:
     """What the user has to do with a process while it runs.
 
@@ -50,7 +64,7 @@ class Foreground:
 
     def __init__(
         self,
-        session: Session,
+        session: Coupled,
         *,
         tty: bool,
         interactive: bool,
@@ -114,7 +128,7 @@ class Foreground:
             TheseusError: the engine went away for good.
         """
         exited = asyncio.ensure_future(waiting)
-        written = asyncio.ensure_future(self._written())
+        written = asyncio.ensure_future(self._session.written())
         detached = asyncio.ensure_future(self._session.detached.wait())
         both = asyncio.gather(exited, written)
         outcomes: list[asyncio.Future[Any]] = [both, detached, self._ended_by]
@@ -131,14 +145,6 @@ class Foreground:
             for future in outcomes:
                 future.cancel()
             await asyncio.gather(*outcomes, return_exceptions=True)
-
-    async def _written(self) -> None:
-        """All output is written, as far as it can still be had."""
-        try:
-            await self._session.finished()
-        except (NotFound, FailedPrecondition) as error:
-            # The container was removed while the engine was away from us.
-            warn(f"the last of the output may be missing: {error.message}")
 
     def _signalled(self, number: signal.Signals) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):

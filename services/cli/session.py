@@ -7,7 +7,6 @@ again at the byte where it was, so that each byte is written, and taken, once.
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,14 @@ from services.cli import terminal
 from services.cli.engine import LONG_DEADLINE_S, Patience
 from services.cli.failure import warn
 from services.cli.input import Input
-from services.common.errors import Cancelled, DeadlineExceeded, Unavailable
+from services.cli.output import OutputWriter
+from services.common.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,7 +34,6 @@ if TYPE_CHECKING:
     Attach = grpc.aio.StreamStreamMultiCallable[pb.AttachRequest, pb.AttachResponse]
 
 _OVER = -1
-_DESCRIPTORS = {pb.STREAM_KIND_STDOUT: 1, pb.STREAM_KIND_STDERR: 2}
 
 
 class Session:
@@ -38,22 +43,32 @@ class Session:
         attach: the method of the containers or execs service.
         start: whom to attach to; its offset is the first byte wanted.
         interactive: whether our standard input goes to the process.
+        resumes: whether the engine has told of the process before: it is waited for from the first
+            attempt on.
     """
 
     def __init__(
-        self, engine: Engine, attach: Attach, start: pb.AttachStart, *, interactive: bool
+        self,
+        engine: Engine,
+        attach: Attach,
+        start: pb.AttachStart,
+        *,
+        interactive: bool,
+        resumes: bool = False,
     ) -> None:
         self.detached = asyncio.Event()
         self._engine = engine
         self._attach = attach
         self._start = start
-        self._offset = start.offset
+        self._output = OutputWriter(start.offset)
         self._changed = asyncio.Event()
         self._input = Input(self._changed.set) if interactive else None
         self._running = False
         self._size = (0, 0)
         self._relaying: asyncio.Task[None] | None = None
         self._attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if resumes:
+            self._attached.set_result(None)
 
     async def attach(self) -> None:
         """Begin; returns when the engine has coupled us, so that no output can be missed.
@@ -79,14 +94,18 @@ class Session:
         self._size = terminal.size()
         self._changed.set()
 
-    async def finished(self) -> None:
-        """Returns when all output was written.
+    async def written(self) -> None:
+        """Returns when all output was written, as far as it can still be had.
 
         Raises:
             TheseusError: the engine went away for good, or refused.
         """
         assert self._relaying is not None, "not attached"
-        await self._relaying
+        try:
+            await self._relaying
+        except (NotFound, FailedPrecondition) as error:
+            # The container was removed while the engine was away from us.
+            warn(f"the last of the output may be missing: {error.message}")
 
     async def close(self) -> None:
         """Let go of the process, which goes on."""
@@ -123,11 +142,9 @@ class Session:
                         self._begin(response.started)
                         input_offset.set_result(response.started.input_offset)
                     case "output":
-                        await self._write(response.output)
+                        await self._output.write(response.output)
                     case "gap":
-                        lost = response.gap.to - max(getattr(response.gap, "from"), self._offset)
-                        warn(f"{lost} bytes of output cannot be had any more")
-                        self._offset = response.gap.to
+                        self._output.skip(response.gap)
                     case "finished":
                         return True
             return False
@@ -143,7 +160,7 @@ class Session:
         if self._start.from_end:
             # From now on the place is known: a second attach begins there.
             self._start.from_end = False
-            self._offset = started.offset
+            self._output.offset = started.offset
         if self._attached.done():
             if self._input is not None:
                 self._input.check(started.input_offset)
@@ -152,19 +169,12 @@ class Session:
             self._input.begin(started.input_offset)
         self._attached.set_result(None)
 
-    async def _write(self, output: pb.AttachOutput) -> None:
-        data = output.data[max(self._offset - output.offset, 0) :]
-        if data:
-            # In a thread: whoever reads our output may be slow, and signals must get through.
-            await asyncio.to_thread(_write_all, _DESCRIPTORS.get(output.stream, 1), data)
-            self._offset = output.offset + len(output.data)
-
     async def _requests(
         self, input_offset: asyncio.Future[int], over: asyncio.Event
     ) -> AsyncIterator[pb.AttachRequest]:
         start = pb.AttachStart()
         start.CopyFrom(self._start)
-        start.offset = self._offset
+        start.offset = self._output.offset
         yield pb.AttachRequest(start=start)
         position = await input_offset
         sent_size, closed = (0, 0), False
@@ -184,9 +194,3 @@ class Session:
                 yield pb.AttachRequest(close_input=pb.AttachCloseInput())
             else:
                 await self._changed.wait()
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

@@ -297,7 +297,7 @@ async def test_exec_codes_and_streams(cli, daemon):
 async def test_exec_survives_a_restart(cli, daemon):
     await cli("run", "-d", "--name", "c", "busybox", "sleep")
     process = await cli.spawn("exec", "c", "count", "4")
-    await until(lambda: daemon.asked("ExecWait"))
+    await until(lambda: daemon.asked("ExecRun"))
     played = daemon.execs["exec0"]
     for number in range(4):
         await played.update(lambda: setattr(played, "steps", played.steps + 1))
@@ -305,6 +305,48 @@ async def test_exec_survives_a_restart(cli, daemon):
             await daemon.restart()
     out, err = await process.communicate()
     assert (process.returncode, out, err) == (0, b"0\n1\n2\n3\n", b"")
+
+
+async def test_exec_without_input_is_one_call(cli, daemon):
+    await cli("run", "-d", "--name", "c", "busybox", "sleep")
+    before = len(daemon.requests)
+    assert await cli("exec", "-e", "A=1", "-w", "/", "-u", "1", "c", "echo", "hi") == Result(
+        0, b"hi\n", b""
+    )
+    [request] = daemon.asked("ExecRun")
+    assert (list(request.env), request.working_dir, request.user) == (["A=1"], "/", "1")
+    assert [name for name, _ in daemon.requests[before:]] == ["ExecRun", "ExecStart"]
+    assert (await cli("exec", "c", "err", "no")).err == b"no\n"
+    absent = await cli("exec", "none", "echo", "hi")
+    assert (absent.code, absent.out) == (1, b"")
+
+
+@pytest.mark.parametrize("step", ["created", "told", "started", "output"])
+async def test_exec_survives_a_restart_at_any_step_and_runs_once(cli, daemon, step):
+    await cli("run", "-d", "--name", "c", "busybox", "sleep")
+    daemon.vanish_at = step
+    assert await cli("exec", "c", "echo", "once") == Result(0, b"once\n", b"")
+    ran = [played for played in daemon.execs.values() if played.task is not None]
+    assert [bytes(played.output) for played in ran] == [b"once\n"]
+    assert len(daemon.asked("ExecRun")) == (2 if step == "created" else 1)
+    assert daemon.vanish_at == ""
+
+
+async def test_a_start_of_an_exec_that_was_cut_is_made_again(cli, daemon):
+    await cli("run", "-d", "--name", "c", "busybox", "sleep")
+    daemon.failures["ExecStart"] = [errors.Unavailable("containerd is away")]
+    assert await cli("exec", "c", "echo", "once") == Result(0, b"once\n", b"")
+    assert (len(daemon.asked("ExecRun")), len(daemon.asked("ExecStart"))) == (1, 2)
+
+
+async def test_a_signal_ends_the_exec_command_and_not_its_process(cli, daemon):
+    await cli("run", "-d", "--name", "c", "busybox", "sleep")
+    process = await cli.spawn("exec", "c", "sleep")
+    await until(lambda: daemon.asked("ExecStart"))
+    process.send_signal(signal.SIGTERM)
+    out, err = await process.communicate()
+    assert (process.returncode, out, err) == (143, b"", b"")
+    assert daemon.execs["exec0"].code is None
 
 
 async def test_lists(cli, daemon):

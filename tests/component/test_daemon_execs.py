@@ -9,6 +9,7 @@ import pytest
 
 from protos.theseus.engine.v1 import containers_pb2 as pb
 from services.common.rpc_errors import from_rpc_error
+from services.daemon.containers.record import ExecConfig, ExecState
 from tests.fakes.attached_client import AttachedClient
 from tests.fakes.engine import engine
 
@@ -284,6 +285,17 @@ async def test_an_exec_takes_one_call_from_its_start_to_its_deletion(newer):
     assert (await call.read()).exit.code == 3  # the journal has not told it yet
     await newer.until(lambda: exec_id not in newer.node.world.tasks[identity])
     assert newer.node.calls == ["Streams.Run", "Streams.Forget"]
+
+
+async def test_an_exec_that_is_run_starts_when_its_id_was_sent(newer):
+    await newer.run("one", **QUIET)
+    newer.node.calls.clear()
+    unheard = newer.app._exec_runs.run("one", ExecConfig(("true",)))
+    exec_id = await anext(unheard)
+    await asyncio.sleep(0.05)
+    await unheard.aclose()
+    assert newer.app._below.execs.require(exec_id).state is ExecState.CREATED
+    assert newer.node.calls == []
 
 
 async def test_who_attached_to_an_exec_brings_the_stream_that_starts_it(newer):

@@ -146,6 +146,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
         self.cut_after = None
         self.vanish_after_start = False
         self.hold_start = None
+        self.vanish_at = ""  # a step of an exec in one call at which the daemon restarts
         self.attaches = 0
         self.loaded = b""
         self._volumes = {}
@@ -198,6 +199,13 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
                 process.task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await process.task
+
+    async def reached(self, step):
+        """Restart in the midst of a call, if that is to be at this step."""
+        if self.vanish_at == step:
+            self.vanish_at = ""
+            self._restarting = asyncio.create_task(self.restart(away_s=0.8))
+            await asyncio.Event().wait()  # until this call is cancelled with all others
 
     def called(self, method, request):
         self.requests.append((method, request))
@@ -376,7 +384,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
             begin = position
             while True:
                 await process.until_output(position)
-                for offset, kind, data in self._pieces(process, position):
+                for offset, kind, data in self.pieces(process, position):
                     if self.cut_after is not None and position - begin >= self.cut_after:
                         self.cut_after = None
                         raise errors.Unavailable("going away")
@@ -389,7 +397,7 @@ class FakeDaemon(containers_pb2_grpc.ContainersServicer):
         finally:
             reader.cancel()
 
-    def _pieces(self, process, position):
+    def pieces(self, process, position):
         marks = [*process.kinds, (len(process.output), 0)]
         for (begin, kind), (end, _) in itertools.pairwise(marks):
             if end > position:
@@ -416,16 +424,42 @@ class _Execs(containers_pb2_grpc.ExecsServicer):
 
     async def Create(self, request, context):
         self._daemon.called("ExecCreate", request)
+        return pb.CreateExecResponse(exec_id=self._create(request))
+
+    def _create(self, request):
         record = self._daemon.find(request.container)
         if record.message.state != pb.CONTAINER_STATE_RUNNING:
             raise errors.FailedPrecondition(f"container {record.message.name} is not running")
         identity = f"exec{len(self._daemon.execs)}"
         self._daemon.execs[identity] = Process(list(request.command), request.tty)
-        return pb.CreateExecResponse(exec_id=identity)
+        return identity
+
+    async def Run(self, request, context):
+        daemon = self._daemon
+        daemon.called("ExecRun", request.exec)
+        identity = self._create(request.exec)
+        await daemon.reached("created")
+        yield pb.RunExecResponse(exec_id=identity)
+        await daemon.reached("told")
+        daemon.called("ExecStart", pb.StartExecRequest(exec_id=identity))
+        process = daemon.execs[identity]
+        process.start()
+        await daemon.reached("started")
+        position = 0
+        while process.code is None or position < len(process.output):
+            await process.until_output(position)
+            for offset, kind, data in daemon.pieces(process, position):
+                output = pb.AttachOutput(offset=offset, stream=kind, data=data)
+                yield pb.RunExecResponse(output=output)
+                position = offset + len(data)
+                await daemon.reached("output")
+        yield pb.RunExecResponse(exit=pb.ExitStatus(code=process.code))
 
     async def Start(self, request, context):
         self._daemon.called("ExecStart", request)
-        self._daemon.execs[request.exec_id].start()
+        process = self._daemon.execs[request.exec_id]
+        if process.task is None:
+            process.start()
         return pb.StartExecResponse(pid=4243)
 
     async def Wait(self, request, context):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -129,6 +130,23 @@ def test_waiting_commands_go_on(theseus, tiers, tmp_path):
     assert waiting.communicate(timeout=30) == ("5\n", "")
     assert following.communicate(timeout=30) == ("b\n", "")
     assert silent.communicate(timeout=30) == ("b\n", "")
+
+
+def test_an_exec_is_made_once_whenever_the_daemon_dies(theseus):
+    theseus.start("--name", "counted", "--", "sleep", "1000")
+    script, ran = "echo $0 >> /ran; echo out; exit 3", []
+    for number in range(8):
+        executing = theseus.spawn("exec", "counted", "sh", "-c", script, str(number))
+        time.sleep(0.1 + 0.03 * number)  # before its call, in the midst of it, or after it
+        theseus.kill_tiers("daemon")
+        out, err = executing.communicate(timeout=40)
+        if "cannot reach the engine" in err:  # it came while there was none: nothing may have run
+            assert (out, executing.returncode) == ("", 1)
+        else:
+            assert (out, err, executing.returncode) == ("out\n", "", 3)
+            ran.append(str(number))
+        theseus.wait_until_up()
+    assert theseus.ok("exec", "counted", "cat", "/ran").split() == ran
 
 
 def test_a_published_page_is_served_without_a_gap(theseus, tiers):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from protos.theseus.engine.v1 import containers_pb2 as pb
 from services.cli import terminal, values
 from services.cli.commands import Command
+from services.cli.exec_run import ExecRun, exec_exit
 from services.cli.foreground import Foreground
 from services.cli.parser import UsageError
 from services.cli.session import Session
@@ -34,25 +35,35 @@ async def _exec(engine: Engine, options: Namespace) -> int:
     if options.tty and options.interactive and not options.detach and not terminal.is_terminal(0):
         raise UsageError("the input device is not a TTY: leave out -t, or run from a terminal")
     request = _request(options)
+    if not (request.detach or request.open_stdin or request.tty):
+        return await _run(engine, request)
     identity = (await engine.call(engine.execs.Create, request)).exec_id
     if options.detach:
-        await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity))
+        await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity), resumes=True)
         return 0
     start = pb.AttachStart(exec_id=identity, output=True, input=request.open_stdin)
     session = Session(engine, engine.execs.Attach, start, interactive=request.open_stdin)
 
     async def start_attached() -> None:
         await session.attach()
-        await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity))
+        # One that was started, by a call whose answer was lost, is left alone.
+        await engine.call(engine.execs.Start, pb.StartExecRequest(exec_id=identity), resumes=True)
 
     foreground = Foreground(session, tty=request.tty, interactive=request.open_stdin, forward=None)
     try:
         async with foreground.taken():
             await foreground.unless_ended(start_attached())
             foreground.begin()
-            return await foreground.until_exit(_exit(engine, identity))
+            return await foreground.until_exit(exec_exit(engine, identity))
     finally:
         await session.close()
+
+
+async def _run(engine: Engine, request: pb.CreateExecRequest) -> int:
+    run = ExecRun(engine, request)
+    foreground = Foreground(run, tty=False, interactive=False, forward=None)
+    async with foreground.taken():
+        return await foreground.until_exit(run.exit())
 
 
 def _request(options: Namespace) -> pb.CreateExecRequest:
@@ -71,10 +82,6 @@ def _request(options: Namespace) -> pb.CreateExecRequest:
     if options.tty:
         request.width, request.height = terminal.size()
     return request
-
-
-async def _exit(engine: Engine, identity: str) -> pb.ExitStatus:
-    return (await engine.wait(engine.execs.Wait, pb.WaitExecRequest(exec_id=identity))).exit
 
 
 COMMANDS = {"exec": Command(_arguments, _exec)}

@@ -64,11 +64,12 @@ class ExecRuns:
         try:
             # Its first step announces it: from there on the start couples it.
             await anext(session)
+            # Whoever has not heard of the id may call again: it is sent before anything starts.
+            yield exec_id
             starting = asyncio.create_task(
                 self._starts.run(self._execs.start(exec_id), name="exec-start")
             )
             try:
-                yield exec_id
                 while (output := await _next(session, starting)) is not None:
                     if isinstance(output, Output | Gap):
                         yield output

@@ -585,7 +585,8 @@ class ExecsServicer:
         """All of these in one call, for a process that reads no input: creates it, starts it, sends its
         output from the first byte and then how it ended. Errors as those of Create and Start;
         INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
-        the next offset, and Wait, by the id in the first response.
+        the next offset, and Wait, by the id in the first response; Start does nothing to one that runs.
+        Nothing is started before that response is sent: whoever did not receive it may call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

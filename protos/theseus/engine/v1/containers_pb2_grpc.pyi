@@ -178,7 +178,8 @@ class ExecsStub:
     """All of these in one call, for a process that reads no input: creates it, starts it, sends its
     output from the first byte and then how it ended. Errors as those of Create and Start;
     INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
-    the next offset, and Wait, by the id in the first response.
+    the next offset, and Wait, by the id in the first response; Start does nothing to one that runs.
+    Nothing is started before that response is sent: whoever did not receive it may call again.
     """
 
 class ExecsServicer(metaclass=_abc_1.ABCMeta):
@@ -229,7 +230,8 @@ class ExecsServicer(metaclass=_abc_1.ABCMeta):
         """All of these in one call, for a process that reads no input: creates it, starts it, sends its
         output from the first byte and then how it ended. Errors as those of Create and Start;
         INVALID_ARGUMENT for open_stdin and detach. When the stream breaks the process goes on: Attach at
-        the next offset, and Wait, by the id in the first response.
+        the next offset, and Wait, by the id in the first response; Start does nothing to one that runs.
+        Nothing is started before that response is sent: whoever did not receive it may call again.
         """
 
 def add_ExecsServicer_to_server(servicer: ExecsServicer, server: _aio.Server) -> None: ...
