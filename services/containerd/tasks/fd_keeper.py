@@ -88,6 +88,13 @@ class DescriptorKeeper:
                 await loop.sock_recv(connection, 1)
         return True
 
+    def _decline(self) -> None:
+        """Let a keeper that came up after all see that it is not wanted: it waits for a while."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.setblocking(False)
+            with suppress(OSError):
+                connection.connect(str(self.path))
+
     async def _start(self) -> str:
         """Run the program, which goes on in the background; returns what went wrong, or nothing."""
         try:
@@ -107,6 +114,7 @@ class DescriptorKeeper:
             with suppress(ProcessLookupError):
                 process.kill()
             await uninterrupted(process.communicate())
+            self._decline()
             if isinstance(error, asyncio.CancelledError):
                 raise
             return f"it did not serve within {_START_LIMIT_S:.0f} s"

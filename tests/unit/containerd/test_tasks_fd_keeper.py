@@ -106,3 +106,16 @@ async def test_program_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None
         program.chmod(0o755)
         await eventually(lambda: keeper_pid(path))
     await eventually(lambda: not path.exists())
+
+
+async def test_keeper_that_came_up_while_its_containerd_ended_goes_at_once(tmp_path: Path) -> None:
+    """It waits ten seconds for who started it; there is nobody any more."""
+    program, path, is_there = tmp_path / "slow", tmp_path / "keeper.sock", tmp_path / "is there"
+    command = f'{sys.executable} -m services.shim "$@"'
+    program.write_text(f"#!/bin/sh\n{command}\n: > '{is_there}'\nexec sleep 1000\n")
+    program.chmod(0o755)
+    async with DescriptorKeeper((str(program),), path):
+        await eventually(is_there.exists)
+        assert path.exists()
+    async with asyncio.timeout(5):
+        await eventually(lambda: not path.exists())
