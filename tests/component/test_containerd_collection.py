@@ -48,9 +48,19 @@ class Client:
         self._images = images_pb2_grpc.ImagesStub(channel)
         self._journal = journal_pb2_grpc.JournalStub(channel)
 
-    async def prepare(self, key: str) -> None:
-        request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=OVERLAY, key=key)
+    async def prepare(self, key: str, parent: str = "", **labels: str) -> None:
+        request = snapshots_pb2.PrepareSnapshotRequest(
+            snapshotter=OVERLAY, key=key, parent=parent, labels=labels
+        )
         await self._snapshots.Prepare(request, timeout=T)
+
+    async def commit(self, key: str, name: str) -> None:
+        request = snapshots_pb2.CommitSnapshotRequest(snapshotter=OVERLAY, key=key, name=name)
+        await self._snapshots.Commit(request, timeout=T)
+
+    async def remove(self, key: str) -> None:
+        request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=OVERLAY, key=key)
+        await self._snapshots.Remove(request, timeout=T)
 
     async def delete_a_container(self) -> None:
         container = containers_pb2.Container(
@@ -78,13 +88,15 @@ class Client:
         answers = [answer async for answer in self._snapshots.List(request, timeout=T)]
         return {info.name for answer in answers for info in answer.info}
 
-    async def removed(self) -> str:
-        """The first snapshot that was removed, in all of the node's life."""
+    async def removed(self, number: int = 1) -> str:
+        """The snapshot that was removed as the Nth in all of the node's life."""
         request = journal_pb2.ReadRequest(topics=["/snapshot/remove"])
         async with asyncio.timeout(T):
             async for answer in self._journal.Read(request):
                 if answer.HasField("entry"):
-                    return answer.entry.event.value.decode(errors="replace")
+                    number -= 1
+                    if not number:
+                        return answer.entry.event.value.decode(errors="replace")
         raise AssertionError("the journal ended")
 
 
@@ -95,6 +107,19 @@ async def test_a_deletion_is_followed_by_a_collection(directory: Path) -> None:
         await client.prepare("k")
         await client.delete_a_container()
         assert "k" in await client.removed()
+
+
+async def test_what_a_removed_snapshot_alone_stood_on_is_collected(directory: Path) -> None:
+    async with running_app(directory, gc=GcPolicy()) as channel:
+        client = Client(channel)
+        await client.delete_a_lease(sync=True)
+        await client.prepare("b")
+        await client.commit("b", "base")
+        await client.prepare("k", "base", **{"containerd.io/gc.root": "now"})
+        await client.delete_a_lease(sync=True)
+        assert await client.snapshots() == {"base", "k"}
+        await client.remove("k")
+        assert "base" in await client.removed(2)
 
 
 @pytest.mark.parametrize("of", ["lease", "image"])
