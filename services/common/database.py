@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from services.common import tracing
+from services.common.disk import free_bytes
 from services.common.errors import FailedPrecondition, ResourceExhausted
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _GROUP_MAX = 256
 # What is in the log of 1000 pages is brought into the database (SQLITE_DEFAULT_WAL_AUTOCHECKPOINT),
 # after the transaction that made it so long.
 _LOG_BYTES = 1064 * (4096 + 24)
+_ROOM_BYTES = 64 << 20  # a disk with less has better use for it
 # What a full disk is to SQLite, in the database, its log and the index of that (sqlite3.h).
 _DISK_FULL = (
     sqlite3.SQLITE_FULL,
@@ -234,9 +236,9 @@ def _lengthen(log_file: Path) -> None:
     fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         size = os.fstat(fd).st_size
-        if size < _LOG_BYTES:
+        if size < _LOG_BYTES and free_bytes(log_file.parent) >= _ROOM_BYTES:
             os.pwrite(fd, bytes(_LOG_BYTES - size), size)
-    except OSError as error:  # the disk is full, say: commits will tell if it matters
+    except OSError as error:  # a quota, say: commits will tell if it matters
         log.info("database log grows with its commits", path=str(log_file), error=error.strerror)
     finally:
         os.close(fd)

@@ -39,9 +39,14 @@ def configure(tier: str, level: str = "info") -> None:
         logger_factory=_no_logger,
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(tier=tier, pid=os.getpid())
+    become(tier)
     # Libraries that use the standard logging speak through the same lines.
     logging.basicConfig(level=logging.WARNING, handlers=[_StructlogHandler()], force=True)
+
+
+def become(tier: str) -> None:
+    """Be another process than the one that configured: a fork of it, say."""
+    structlog.contextvars.bind_contextvars(tier=tier, pid=os.getpid())
 
 
 def describe(level: str, **about: object) -> None:

@@ -4,8 +4,9 @@ The only file that knows all classes. A shim ends when Shutdown was asked for, o
 last container was deleted, and in both cases only once containerd has acknowledged every event. If
 containerd never comes back it stays.
 
-What depends on no container is done before the shim is told which one it is (:meth:`Shim.wait`),
-and what nobody waits for while the runtime makes the container (``_settle_in``).
+What depends on no process is done before the fork (``Shim``, :meth:`Shim.prepare`), what depends on
+no container before the shim is told which one it is (:meth:`Shim.wait`), and what nobody waits for
+while the runtime makes the container (``_settle_in``).
 """
 
 from __future__ import annotations
@@ -68,20 +69,17 @@ _TASK = shim_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
 class Shim:
-    """One shim. Make it inside the event loop, then ``run`` it.
+    """One shim. Make it, in this process or the one that it is a fork of, then ``run`` it.
 
     Args:
         metrics: counts.
-        unwanted: called when a signal ends it before it runs.
     """
 
-    def __init__(
-        self, metrics: ShimMetrics, *, unwanted: Callable[[], object] = lambda: None
-    ) -> None:
-        self._unwanted = unwanted
+    def __init__(self, metrics: ShimMetrics) -> None:
+        self._unwanted: Callable[[], object] = _nothing
         self._has_begun = False
         self._was_dismissed = False
-        self._errors = logs.Logger.errors
+        self._errors = 0
         self._metrics = metrics
         self._reaper = Reaper()
         self._background = Background()
@@ -102,11 +100,11 @@ class Shim:
         )
         self._server = self._build_server()
         self._boot_id = linux.boot_id()
-        self._start_time = linux.process_start_time(os.getpid()) or 0
+        self._start_time = 0
 
     @property
     def identity(self) -> dict[str, object]:
-        """Which process this is."""
+        """Which process this is, once it waits or runs."""
         return {
             "pid": os.getpid(),
             "start_time": self._start_time,
@@ -131,12 +129,22 @@ class Shim:
             and logs.Logger.errors == self._errors
         )
 
-    async def wait(self, listener: Listener) -> None:
-        """Do all that depends on no container; calls that come wait until the shim runs."""
+    async def prepare(self) -> None:
+        """Do all that depends on no process."""
+        await self._server.prepare(_TASK.full_name, "Create")
+
+    async def wait(self, listener: Listener, *, unwanted: Callable[[], object]) -> None:
+        """Do all that depends on no container; calls that come wait until the shim runs.
+
+        Args:
+            listener: where they come.
+            unwanted: called when a signal ends the process before it runs.
+        """
+        self._unwanted = unwanted
         self._begin()
         self._reaper.start()
         await self._server.listen(listener)
-        await self._server.prepare(_TASK.full_name, "Create")
+        await self.prepare()
         await asyncio.to_thread(_nothing)  # it brings the thread that mounts
 
     async def run(
@@ -187,6 +195,8 @@ class Shim:
 
     def _begin(self) -> None:
         self._has_begun = True
+        self._errors = logs.Logger.errors
+        self._start_time = linux.process_start_time(os.getpid()) or 0
         loop = asyncio.get_running_loop()
         for signum in _FINAL_SIGNALS:
             loop.add_signal_handler(signum, self._signalled, signum)

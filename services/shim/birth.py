@@ -97,8 +97,8 @@ def reply(connection: socket.socket, answer: dict[str, object]) -> None:
         connection.send(json.dumps(answer).encode())
 
 
-def be_asked(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
-    """Become what ``connection`` asks for; never returns to the factory's code."""
+def be_asked(connection: socket.socket, shim: Shim) -> NoReturn:
+    """Become what ``connection`` asks for, at first ``shim``; never returns to its caller."""
     status = 1
     gc.set_threshold(_COLLECT_EVERY)
     try:
@@ -111,7 +111,7 @@ def be_asked(connection: socket.socket, metrics: ShimMetrics) -> NoReturn:
                 place = _place(request, "then_wait_in")
             _detach()
             connection.setblocking(False)
-            _run(_Process(connection, place).run(request, metrics))
+            _run(_Process(connection, place).run(request, shim))
         status = 0
     except TimeoutError:
         log.info("connection without a request")
@@ -142,7 +142,7 @@ async def run_shim(
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run the process' one piece of work; the process ends with it, so nothing is tidied up."""
-    logs.configure("shim")
+    logs.become("shim")
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(work)
@@ -160,45 +160,44 @@ class _Process:
         self._connection = connection
         self._place = place
 
-    async def run(self, request: bytes | None, metrics: ShimMetrics) -> None:
-        """Be one shim after the other, the first the one of ``request``, if there is one."""
+    async def run(self, request: bytes | None, shim: Shim) -> None:
+        """Be one shim after the other: first ``shim``, that of ``request`` if there is one."""
         # While it waits: it takes milliseconds, and has a thread that goes on from life to life.
         tracing.configure(_SERVICE)
         before = Possessions.now()
         for _ in range(LIVES_MAX):
             executor = ThreadPoolExecutor()
             asyncio.get_running_loop().set_default_executor(executor)
-            shim = await self._be_one(request, metrics)
+            was_one = await self._be(shim, request)
             executor.shutdown(wait=False)
-            if shim is None or not await self._may_go_on(shim, before):
+            if not was_one or not await self._may_go_on(shim, before):
                 return
-            request, metrics = None, ShimMetrics()
+            request, shim = None, Shim(ShimMetrics())
 
-    async def _be_one(self, request: bytes | None, metrics: ShimMetrics) -> Shim | None:
-        """Be a shim from before its birth to its end; None: nobody wants one any more."""
-        me = asyncio.current_task()
-        assert me is not None
-        shim = Shim(metrics, unwanted=me.cancel)
+    async def _be(self, shim: Shim, request: bytes | None) -> bool:
+        """Be a shim from before its birth to its end; False: nobody wants one any more."""
         if request is not None:
             await self._live(shim, request)
-            return shim
+            return True
+        me = asyncio.current_task()
+        assert me is not None
         assert self._place is not None, "it may wait"
         path = self._place / waiting_name()
         listener = listen(path)
         try:
             linux.set_process_name("theseus-waiting")
-            await shim.wait(listener)
+            await shim.wait(listener, unwanted=me.cancel)
             reply(self._connection, {"waiting": os.getpid(), **shim.identity})
             gc.collect()  # what an earlier container has left; the factory's is out of it
             loop = asyncio.get_running_loop()
             request = await loop.sock_recv(self._connection, REQUEST_MAX_BYTES + 1)
             if not request:
-                return None
+                return False
             await self._live(shim, request)
         finally:
             listener.socket.close()
             path.unlink(missing_ok=True)  # it is elsewhere once it serves
-        return shim
+        return True
 
     async def _live(self, shim: Shim, request: bytes) -> None:
         config = read_request(request)

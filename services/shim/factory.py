@@ -20,6 +20,7 @@ pipe from containerd, is closed.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import os
@@ -34,6 +35,7 @@ import structlog
 from services.common import VERSION, tracing
 from services.common.sockets import Place, socket_group
 from services.shim import packing, shim_cgroup
+from services.shim.app import Shim
 from services.shim.birth import be_asked, reply
 from services.shim.metrics import ShimMetrics
 from services.shim.runtimes import programs, sealed
@@ -58,13 +60,12 @@ class Factory:
         self._place = Place(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._home = shim_cgroup.Home()
-        # Made once, for the children to share as long as they do not count anything.
-        self._metrics = ShimMetrics()
 
     def run(self) -> None:
         """Serve until standard input is closed."""
         packing.share_one_heap()
         warm_up()
+        shim = asyncio.run(_prepared())
         sealed.keep(programs.installed(sealed.PROGRAMS))
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
         signal.signal(signal.SIGTERM, _exit_quietly)
@@ -76,7 +77,7 @@ class Factory:
             self._listen()
             log.info("factory serves", socket=str(self._place.path), version=VERSION)
             packing.pack()
-            self._serve()
+            self._serve(shim)
         finally:
             self._place.leave()
             self._home.leave()
@@ -90,7 +91,7 @@ class Factory:
         self._listener.setblocking(False)
         self._place.take()
 
-    def _serve(self) -> None:
+    def _serve(self, shim: Shim) -> None:
         stdin, listener = sys.stdin.fileno(), self._listener.fileno()
         poll = select.poll()
         poll.register(listener, select.POLLIN)
@@ -98,11 +99,11 @@ class Factory:
         while True:
             for fd, _ in poll.poll():
                 if fd == listener:
-                    self._accept()
+                    self._accept(shim)
                 elif not os.read(fd, 4096):
                     return
 
-    def _accept(self) -> None:
+    def _accept(self, shim: Shim) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError:  # gone again, or out of descriptors: others may still be served
@@ -111,11 +112,18 @@ class Factory:
         try:
             if os.fork() == 0:
                 self._listener.close()
-                be_asked(connection, self._metrics)
+                be_asked(connection, shim)
         except OSError as error:
             log.error("fork failed", error=str(error))
             reply(connection, {"error": f"the shim factory cannot fork a shim: {error.strerror}"})
         connection.close()
+
+
+async def _prepared() -> Shim:
+    """The shim that each child is at first: its objects are made once, and shared by all."""
+    shim = Shim(ShimMetrics())
+    await shim.prepare()
+    return shim
 
 
 def warm_up() -> None:

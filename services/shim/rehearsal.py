@@ -128,7 +128,7 @@ async def _play(bundle: Path, runtime: Path) -> None:
     try:
         shim = Shim(ShimMetrics())
         async with asyncio.timeout(_LIMIT_S):
-            await shim.wait(listen(bundle.with_name("w")))
+            await shim.wait(listen(bundle.with_name("w")), unwanted=lambda: None)
             running = asyncio.create_task(shim.run(config, lambda _identity: serving.set()))
             await serving.wait()
             await _live(_Caller(peer), bundle, runtime)

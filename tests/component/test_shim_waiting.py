@@ -286,7 +286,7 @@ async def leave(shim, *arguments):
     {leave}
 
 Shim.run = leave
-birth.be_asked(socket.socket(fileno=int(sys.argv[1])), ShimMetrics())
+birth.be_asked(socket.socket(fileno=int(sys.argv[1])), Shim(ShimMetrics()))
 """
 
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from services.common import database
 from services.common.database import Database
 from services.common.errors import FailedPrecondition
 
@@ -105,6 +108,50 @@ async def test_what_was_answered_is_in_the_file(db, path):
     other = sqlite3.connect(path)
     assert other.execute("SELECT name FROM things").fetchall() == [("a",)]
     other.close()
+
+
+WRITES_AND_DIES = """
+import asyncio, os, sys
+from pathlib import Path
+from services.common.database import Database
+
+async def main():
+    db = Database(Path(sys.argv[1]))
+    db.open(["CREATE TABLE things (name TEXT PRIMARY KEY)"])
+    for number in range(int(sys.argv[2]), int(sys.argv[2]) + 300):
+        await db.write(lambda tx: tx.execute("INSERT INTO things VALUES (?)", (f"{number:04}",)))
+    os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+
+
+def test_commits_write_over_a_log_that_has_its_length_already(path):
+    """Over deaths, too: what was committed is found before the zeros, and the log is used again."""
+    log = path.with_name("t.db-wal")
+    sizes = set()
+    for first in (0, 300, 600, 900):
+        command = [sys.executable, "-c", WRITES_AND_DIES, str(path), str(first)]
+        assert subprocess.run(command, check=False).returncode == -9
+        sizes.add(log.stat().st_size)
+        reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        assert names_of(reader) == [f"{number:04}" for number in range(first + 300)]
+        reader.close()
+    (size,) = sizes
+    assert 4 << 20 < size < 5 << 20
+
+
+def names_of(connection):
+    return [name for (name,) in connection.execute("SELECT name FROM things ORDER BY name")]
+
+
+async def test_the_log_is_left_as_it_is_where_there_is_little_room(path, monkeypatch):
+    monkeypatch.setattr(database, "free_bytes", lambda _: (64 << 20) - 1)
+    db = Database(path)
+    db.open([V1])
+    await db.write(insert("a"))
+    assert path.with_name("t.db-wal").stat().st_size < 100_000
+    db.close()
 
 
 async def test_a_cancelled_caller_leaves_the_commit_alone(db):
