@@ -146,11 +146,12 @@ class Keeper:
                 idle_since = time.monotonic()
                 if not events and not self._is_ours() and not self._held:
                     return
-            elif time.monotonic() - idle_since >= _IDLE_S and not self._needed():
+            elif not self._may_be_wanted(idle_s=time.monotonic() - idle_since):
                 return
 
-    def _needed(self) -> bool:
-        return bool(self._held) and self._is_ours()
+    def _may_be_wanted(self, *, idle_s: float) -> bool:
+        """Whether anybody may come; without its socket not even who started it."""
+        return self._is_ours() and (bool(self._held) or idle_s < _IDLE_S)
 
     def _is_ours(self) -> bool:
         try:

@@ -119,3 +119,25 @@ async def test_keeper_that_came_up_while_its_containerd_ended_goes_at_once(tmp_p
         assert path.exists()
     async with asyncio.timeout(5):
         await eventually(lambda: not path.exists())
+
+
+async def test_keeper_whose_socket_is_gone_does_not_wait_for_who_started_it(tmp_path: Path) -> None:
+    """That was killed meanwhile, and somebody has cleaned up after it."""
+    path = tmp_path / "keeper.sock"
+    command = (*PROGRAM, "keeper", "--socket", str(path))
+    started = await asyncio.create_subprocess_exec(*command)
+    assert await started.wait() == 0
+    (keeper,) = running(str(path))
+    path.unlink()
+    async with asyncio.timeout(5):
+        await eventually(lambda: not Path(f"/proc/{keeper}").exists())
+
+
+def running(argument: str) -> list[str]:
+    """Pids of the processes that have an argument."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if argument.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(entry.name)
+    return found
