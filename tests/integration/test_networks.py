@@ -71,9 +71,16 @@ print(s.recv(100).decode())
 @pytest.fixture
 def host_netns() -> Iterator[str]:
     name = f"thtest-{secrets.token_hex(4)}"
+    was_mounted = _is_mounted("/run/netns")
     subprocess.run(["ip", "netns", "add", name], check=True)
     yield name
     subprocess.run(["ip", "netns", "delete", name], check=True)
+    if not was_mounted:  # ip made it a mount of its own, and leaves that
+        subprocess.run(["umount", "/run/netns"], check=True)
+
+
+def _is_mounted(path: str) -> bool:
+    return f" {path} " in Path("/proc/self/mountinfo").read_text()
 
 
 SCENARIOS: dict[str, Callable[[Path], object]] = {}

@@ -186,7 +186,7 @@ import pathlib, sys
 from services.shim.shim_cgroup import PATH, ROOT, Home
 from tests.fakes.shim_harness import REPOSITORY
 for _ in range(300):
-    home = Home(proc=pathlib.Path(sys.argv[1]))
+    home = Home(*map(pathlib.Path, sys.argv[1:]))
     home.enter()
     assert not home.skipped, home.skipped
     home.leave()
@@ -196,13 +196,19 @@ for _ in range(300):
 @pytest.mark.root
 def test_one_enters_while_another_leaves(tmp_path):
     """Whoever leaves removes the cgroup, at times between two steps of one who enters."""
-    proc = tmp_path / "cgroup"
     hierarchy = "freezer" if (ROOT / "freezer").is_dir() else ""  # one of many is enough
+    # Apart from the shims of others: who still leaves keeps theirs.
+    apart = ROOT / hierarchy / f"theseus-test-{tmp_path.name}"
+    apart.mkdir()
+    root, proc = tmp_path / "root", tmp_path / "cgroup"
+    root.mkdir()
+    (root / (hierarchy or "unified")).symlink_to(apart)
     proc.write_text(f"1:{hierarchy}:/\n")
-    command = [sys.executable, "-c", MEMBER, str(proc)]
+    command = [sys.executable, "-c", MEMBER, str(root), str(proc)]
     members = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(3)]
     assert [member.wait(60) for member in members] == [0, 0, 0]
-    assert not (ROOT / hierarchy / PATH).exists()
+    assert not (apart / PATH).exists()
+    apart.rmdir()
 
 
 @pytest.mark.root
