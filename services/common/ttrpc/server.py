@@ -107,7 +107,9 @@ class TtrpcServer:
         self._stranger = stranger
         self._calls = Background()
         self._connections: set[_Connection] = set()
+        self._silent: set[asyncio.BaseTransport] = set()
         self._server: asyncio.Server | None = None
+        self._has_ended = False
 
     async def start(self, listener: socket.socket) -> None:
         """Serve a listening socket, which becomes the server's."""
@@ -125,14 +127,29 @@ class TtrpcServer:
         self.stop_listening()
         if grace_s:
             await self._calls.finish(grace_s)
+        self._has_ended = True
         for connection in list(self._connections):
             connection.hang_up()
+        for transport in list(self._silent):  # whoever has not spoken yet would wait for ever
+            transport.close()
         await self._calls.stop()
 
     def _accept(self) -> asyncio.Protocol:
-        return _Greeting(self._meet)
+        return _Greeting(self)
 
-    def _meet(self, transport: asyncio.Transport, data: bytes) -> None:
+    def greet(self, transport: asyncio.BaseTransport) -> None:
+        """Take in a connection of which nothing is known yet."""
+        self._silent.add(transport)
+        if self._has_ended:  # it was accepted before that
+            transport.close()
+
+    def lose(self, transport: asyncio.BaseTransport) -> None:
+        """Forget one that has hung up without a word."""
+        self._silent.discard(transport)
+
+    def meet(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Find out what one speaks by its first bytes."""
+        self._silent.discard(transport)
         # A message's length begins with a zero, up to 16 MiB.
         if data[0] == 0:
             connection = _Connection(self._route, self._calls, self._connections.discard)
@@ -146,18 +163,22 @@ class TtrpcServer:
 
 
 class _Greeting(asyncio.Protocol):
-    """A connection of which nothing is known yet."""
-
-    def __init__(self, meet: Stranger) -> None:
-        self._meet = meet
+    def __init__(self, server: TtrpcServer) -> None:
+        self._server = server
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._server.greet(transport)
 
     def data_received(self, data: bytes) -> None:
         assert self._transport is not None
-        self._meet(self._transport, data)
+        self._server.meet(self._transport, data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        del error
+        assert self._transport is not None
+        self._server.lose(self._transport)
 
 
 class _Connection:

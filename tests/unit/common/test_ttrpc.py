@@ -25,6 +25,7 @@ from services.common.ttrpc.frames import (
     MessageTooLarge,
 )
 from services.common.ttrpc.server import CALLS_MAX, Method, TtrpcServer, methods
+from tests.fakes.eventually import eventually
 
 SERVICE = "test.Service"
 
@@ -331,3 +332,31 @@ async def test_a_client_does_not_believe_garbage(tmp_path):
         with pytest.raises(ConnectionError, match="cannot be decoded"):
             await client.call("a", "b", empty_pb2.Empty().SerializeToString(), timeout_s=5)
     server.close()
+
+
+@pytest.mark.parametrize("loop", [asyncio.SelectorEventLoop, Loop])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_server_that_ends_hangs_up_on_those_who_have_not_spoken_yet(tmp_path, loop, accepted):
+    """They would wait for an answer that nobody gives, whether they speak later or not."""
+
+    async def scenario():
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen()
+            server = TtrpcServer(methods(Handlers().services()))
+            await server.start(listener)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.setblocking(False)
+                client.connect(str(tmp_path / "s"))
+                if accepted:
+                    await eventually(lambda: server._silent)
+                await server.stop()
+                running = asyncio.get_running_loop()
+                try:
+                    said = await asyncio.wait_for(running.sock_recv(client, 1), 5)
+                except ConnectionResetError:
+                    said = b""
+                assert said == b""
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario())
