@@ -22,6 +22,8 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
+from services.shim.futures import finish
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -80,7 +82,7 @@ async def _read(fifo: Path) -> None:
     fd = os.open(fifo, os.O_RDONLY | _FLAGS)
     has_come: asyncio.Future[None] = loop.create_future()
     try:
-        loop.add_reader(fd, _settle, has_come)
+        loop.add_reader(fd, finish, has_come, None)
         async with asyncio.timeout(_WORD_S):
             await has_come
         if not os.read(fd, _WORD_MAX_BYTES):
@@ -88,8 +90,3 @@ async def _read(fifo: Path) -> None:
     finally:
         loop.remove_reader(fd)
         os.close(fd)
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
