@@ -3,7 +3,8 @@
 ``@dataclass(frozen=True, slots=True)`` has Python compile six functions for each class, 0.5 ms; a
 tier has some hundred of them, most of which a start never makes an instance of. Here ``__init__``,
 which should be as quick as it can be, is compiled for the first instance, and the others are not
-compiled at all. Everything else is the standard library's: ``field``, ``fields``, ``replace``.
+compiled at all. Everything else is the standard library's: ``field``, ``fields``, ``replace``. A
+process that is forked many times compiles what is left before (:func:`compile_all`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ABSENT = object()
+_uncompiled: set[Any] = set()
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -30,7 +32,7 @@ def frozen(cls: type[T]) -> type[T]:
     values: Callable[[Any], Any] = attrgetter(*names) if names else lambda _: ()
 
     def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
-        made.__init__ = _compiled_init(made)
+        _compile(made)
         made.__init__(self, *arguments, **keywords)
 
     def __eq__(self: Any, other: Any) -> Any:
@@ -47,8 +49,16 @@ def frozen(cls: type[T]) -> type[T]:
     for function in (__init__, __eq__, __hash__, __reduce__, __repr__, __setattr__, __delattr__):
         if function.__name__ not in cls.__dict__:
             setattr(made, function.__name__, function)
+    if made.__init__ is __init__:
+        _uncompiled.add(made)
     frozen_class: type[T] = made
     return frozen_class
+
+
+def compile_all() -> None:
+    """Compile ``__init__`` of all classes that there are and have had no instance yet."""
+    for made in tuple(_uncompiled):
+        _compile(made)
 
 
 def __repr__(self: Any) -> str:
@@ -62,6 +72,11 @@ def __setattr__(self: Any, name: str, value: object) -> NoReturn:
 
 def __delattr__(self: Any, name: str) -> NoReturn:
     raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+
+def _compile(made: Any) -> None:
+    made.__init__ = _compiled_init(made)
+    _uncompiled.discard(made)
 
 
 def _compiled_init(made: Any) -> Any:

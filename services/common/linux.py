@@ -122,6 +122,7 @@ _libc.mount.argtypes = [
 ]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_ThreadName = ctypes.c_char * 16
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.unshare.argtypes = [ctypes.c_int]
@@ -324,7 +325,7 @@ def set_parent_death_signal(signum: int) -> None:
 
 def set_process_name(name: str) -> None:
     """Set the calling thread's name as ps(1) shows it, cut at 15 bytes (prctl(2))."""
-    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    buffer = _ThreadName.from_buffer_copy(name.encode()[:15].ljust(16, b"\0"))
     _check(_libc.prctl(PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0), "PR_SET_NAME")
 
 

@@ -63,7 +63,7 @@ log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 2.0
 _SETTLE_IN_S = 0.1
-_SETTLED_S = 2.0  # most containers that live as long are idle then
+_SETTLED_S = 3.5  # most that live as long are idle then, and few others start; see ``MemoryMerger``
 _FINAL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TASK = shim_pb2.DESCRIPTOR.services_by_name["Task"]
 

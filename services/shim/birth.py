@@ -159,17 +159,19 @@ class _Process:
     def __init__(self, connection: socket.socket, place: Path | None) -> None:
         self._connection = connection
         self._place = place
+        self._lives = 0
 
     async def run(self, request: bytes | None, shim: Shim) -> None:
         """Be one shim after the other: first ``shim``, that of ``request`` if there is one."""
         # While it waits: it takes milliseconds, and has a thread that goes on from life to life.
         tracing.configure(_SERVICE)
         before = Possessions.now()
-        for _ in range(LIVES_MAX):
+        while self._lives < LIVES_MAX:
             executor = ThreadPoolExecutor()
             asyncio.get_running_loop().set_default_executor(executor)
             was_one = await self._be(shim, request)
             executor.shutdown(wait=False)
+            self._lives += 1
             if not was_one or not await self._may_go_on(shim, before):
                 return
             request, shim = None, Shim(ShimMetrics())
@@ -188,7 +190,8 @@ class _Process:
             linux.set_process_name("theseus-waiting")
             await shim.wait(listener, unwanted=me.cancel)
             reply(self._connection, {"waiting": os.getpid(), **shim.identity})
-            gc.collect()  # what an earlier container has left; the factory's is out of it
+            if self._lives:
+                gc.collect()  # what the earlier container has left; the factory's is out of it
             loop = asyncio.get_running_loop()
             request = await loop.sock_recv(self._connection, REQUEST_MAX_BYTES + 1)
             if not request:

@@ -1,6 +1,7 @@
 """The cgroup of a container: who is in it, what it used, whether memory ran out; v1, v2 and both.
 
-Paths are found once, from proc(5), while the container's init waits to be started. A container
+Paths are found once, from proc(5), while the container's init waits to be started; whether they are
+there is looked up when one is needed: there are a dozen, of which most never are. A container
 without a cgroup of its own (its paths are the shim's, or the root) is never signalled through it.
 Kernel documents: admin-guide/cgroup-v1, admin-guide/cgroup-v2.
 """
@@ -29,19 +30,20 @@ class Cgroup:
     """Directories of one cgroup.
 
     Attributes:
-        controllers: directory per v1 controller, a named hierarchy as ``name=x``.
+        controllers: directory per v1 controller, a named hierarchy as ``name=x``; not all of them
+            need be mounted here (see :meth:`directory`).
         unified: directory in the v2 hierarchy, or None.
         own: whether it is the container's alone.
     """
 
-    controllers: Mapping[str, Path]
+    controllers: Mapping[str, str]
     unified: Path | None
     own: bool
 
     def pack(self) -> dict[str, Any]:
         """The cgroup as plain data, for :meth:`unpack`."""
         return {
-            "controllers": {name: str(path) for name, path in self.controllers.items()},
+            "controllers": dict(self.controllers),
             "unified": str(self.unified) if self.unified is not None else None,
             "own": self.own,
         }
@@ -50,10 +52,20 @@ class Cgroup:
     def unpack(cls, saved: Mapping[str, Any]) -> Self:
         """The cgroup that was packed."""
         return cls(
-            controllers={name: Path(path) for name, path in saved["controllers"].items()},
+            controllers=saved["controllers"],
             unified=Path(saved["unified"]) if saved["unified"] is not None else None,
             own=saved["own"],
         )
+
+    def directory(self, controller: str) -> Path | None:
+        """Directory in the hierarchy of a v1 controller, if it is there."""
+        path = self.controllers.get(controller, "")
+        return Path(path) if os.path.isdir(path) else None  # noqa: PTH112 - most are only looked at
+
+    @property
+    def in_v1(self) -> bool:
+        """Whether it has a directory in the hierarchy of any v1 controller."""
+        return any(self.directory(name) is not None for name in self.controllers)
 
     def processes(self) -> list[int]:
         """Pids of everything inside, nested cgroups included; empty when it is gone."""
@@ -86,17 +98,15 @@ class Cgroup:
 
     def oom_kills(self) -> int:
         """How often the kernel killed something inside for lack of memory."""
-        if "memory" in self.controllers:
-            return read_table(self.controllers["memory"] / "memory.oom_control").get("oom_kill", 0)
+        if (memory := self.directory("memory")) is not None:
+            return read_table(memory / "memory.oom_control").get("oom_kill", 0)
         if self.unified is not None:
             return read_table(self.unified / "memory.events").get("oom_kill", 0)
         return 0
 
     def _process_directory(self) -> Path | None:
-        for name in _PID_CONTROLLERS:
-            if name in self.controllers:
-                return self.controllers[name]
-        return self.unified
+        found = (self.directory(name) for name in _PID_CONTROLLERS)
+        return next((path for path in found if path is not None), self.unified)
 
 
 def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cgroup:
@@ -107,23 +117,18 @@ def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cg
     """
     theirs = _parse(Path(f"{proc}/{pid}/cgroup").read_text())
     ours = _parse(Path(f"{proc}/self/cgroup").read_text())
-    places = {
+    controllers = {
         name: f"{root}/{name.removeprefix('name=')}/{path.lstrip('/')}"
         for name, path in theirs.items()
         if name
     }
-    controllers = {
-        name: Path(path)
-        for name, path in places.items()
-        if os.path.isdir(path)  # noqa: PTH112 - of a dozen
-    }
     # The hierarchy that processes are looked for in decides whether the cgroup is its own.
-    deciding = next((name for name in _PID_CONTROLLERS if name in controllers), "")
-    own = _is_own(deciding, theirs, ours)
+    there = (n for n in _PID_CONTROLLERS if os.path.isdir(controllers.get(n, "")))  # noqa: PTH112
+    own = _is_own(next(there, ""), theirs, ours)
     pure = (root / "cgroup.controllers").exists()
     unified = (root if pure else root / "unified") / theirs.get("", "/").lstrip("/")
     # On a hybrid host the v2 part may be shared with the shim, whatever the v1 part is.
-    usable = unified.is_dir() and (pure or _is_own("", theirs, ours))
+    usable = (pure or _is_own("", theirs, ours)) and unified.is_dir()
     return Cgroup(controllers=controllers, unified=unified if usable else None, own=own)
 
 

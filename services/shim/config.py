@@ -65,11 +65,11 @@ class ShimConfig:
             InvalidArgument: one is missing, of the wrong type, or out of bounds.
         """
         values: dict[str, object] = {}
-        for field in fields(cls):
-            if field.name in request:
-                values[field.name] = _checked(field.name, request[field.name])
-            elif field.name in _REQUIRED:
-                raise InvalidArgument(f"'{field.name}' is missing", field=field.name)
+        for name in cls.__dataclass_fields__:
+            if name in request:
+                values[name] = _checked(name, request[name])
+            elif name in _REQUIRED:
+                raise InvalidArgument(f"'{name}' is missing", field=name)
         if values.get("log_level", "info") not in _LOG_LEVELS:
             raise InvalidArgument(
                 f"'log_level' must be one of {', '.join(_LOG_LEVELS)}", field="log_level"

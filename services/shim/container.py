@@ -115,7 +115,7 @@ class Container:
             undo.push_async_callback(self.init.io.close, drain=False)
             self.init.io.change_owner(self.options.io_uid, self.options.io_gid)
             if self._image is None and hasattr(self.runtime, "prepare"):
-                self.runtime.prepare(self.bundle.path)
+                self.runtime.prepare(self.bundle.path, spec)
             await mounted
             if self._image is not None:
                 self._image = await asyncio.to_thread(checkpoint.keep, self._image, self.bundle)

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.common import VERSION, tracing
+from services.common.frozen import compile_all
 from services.common.sockets import Place, socket_group
 from services.shim import packing, shim_cgroup
 from services.shim.app import Shim
@@ -132,18 +133,25 @@ def warm_up() -> None:
     from services.shim.rehearsal import rehearse, trace
 
     tracing.prepare()
-    # asyncio looks at it, and makes an enum of each, whenever a handler comes or goes: 12 times in
-    # the life of a shim, a tenth of its processor time.
+    # asyncio looks at it whenever a handler comes or goes, and has an enum made of each signal: 12
+    # times in the life of a shim, a tenth of its processor time. Nor does anybody need former
+    # handlers as enums.
     signal.valid_signals = functools.cache(signal.valid_signals)
+    signal._int_to_enum = _as_it_is  # type: ignore[attr-defined]
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     socket_group()
+    compile_all()
     try:
         packing.gather(trace())
         rehearse()
     except Exception as error:
         # A shim works without, whatever was wrong; it has more memory of its own then.
         log.warning("rehearsal of a shim failed", exc_info=error)
+
+
+def _as_it_is(value: object, enum: object) -> object:
+    return value
 
 
 def _exit_quietly(signum: int, frame: object) -> None:

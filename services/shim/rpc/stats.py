@@ -33,7 +33,7 @@ _BLKIO_FILES = {
 
 def cgroup_metrics(cgroup: Cgroup) -> any_pb2.Any:
     """All figures of a cgroup; what a controller does not give is left out."""
-    message = _v1(cgroup) if cgroup.controllers else _v2(cgroup)
+    message = _v1(cgroup) if cgroup.in_v1 else _v2(cgroup)
     return any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
@@ -50,8 +50,8 @@ def _v1(cgroup: Cgroup) -> Message:
         "blkio": _v1_blkio,
     }
     for controller, reader in readers.items():
-        if controller in cgroup.controllers:
-            reader(cgroup.controllers[controller], metrics)
+        if (directory := cgroup.directory(controller)) is not None:
+            reader(directory, metrics)
     return metrics
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from services.common.errors import FailedPrecondition
-from services.shim.runtimes import programs
+from services.shim.runtimes.runc import RuncRuntime
 from services.shim.runtimes.runtime import RuntimeMissing
 
 if TYPE_CHECKING:
@@ -65,19 +65,14 @@ def make_runtime(
         RuntimeMissing: there is neither a program nor a plug-in of that name.
         FailedPrecondition: the plug-in cannot be loaded.
     """
-    factory: RuntimeFactory
+    factory: RuntimeFactory = RuncRuntime
     try:
-        programs.find(options.binary)
+        return factory(container_id, options, log_file=log_file, reaper=reaper, timeout_s=timeout_s)
     except RuntimeMissing:
         entry = plug_ins().get(options.binary)
         if entry is None:
             raise
         factory = load(entry)
-    else:
-        # Imported late: a plug-in may do without.
-        from services.shim.runtimes.runc import RuncRuntime
-
-        factory = RuncRuntime
     return factory(container_id, options, log_file=log_file, reaper=reaper, timeout_s=timeout_s)
 
 

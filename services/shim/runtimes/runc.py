@@ -20,8 +20,9 @@ from services.shim.runtimes.runtime import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+    from typing import Any
 
     from services.common.errors import TheseusError
     from services.shim.reaper import Reaper
@@ -53,10 +54,10 @@ class RuncRuntime:
         self._program = programs.find(options.binary)
         self._to_keep: seccomp.Wanted | None = None
 
-    def prepare(self, bundle: Path) -> None:
+    def prepare(self, bundle: Path, spec: Mapping[str, Any]) -> None:
         """See :meth:`Runtime.prepare`."""
         self._to_keep = seccomp.prepare(
-            bundle, state=self._options.root, container_id=self._id, program=self._program
+            bundle, spec, state=self._options.root, container_id=self._id, program=self._program
         )
 
     async def create(

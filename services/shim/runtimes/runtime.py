@@ -14,7 +14,9 @@ from services.common.errors import FailedPrecondition, Internal, InvalidArgument
 from services.common.frozen import frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
 COMMAND_NOT_FOUND = "COMMAND_NOT_FOUND"
 COMMAND_NOT_EXECUTABLE = "COMMAND_NOT_EXECUTABLE"
@@ -119,10 +121,14 @@ class Runtime(Protocol):
 
     name: str
 
-    def prepare(self, bundle: Path) -> None:
+    def prepare(self, bundle: Path, spec: Mapping[str, Any]) -> None:
         """Do for a create what needs no root file system, while that is mounted. Blocks, shortly.
 
         A plug-in may be without.
+
+        Args:
+            bundle: directory with the spec.
+            spec: its content.
         """
         ...
 

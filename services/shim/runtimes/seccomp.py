@@ -45,7 +45,6 @@ _INSTRUCTION_BYTES = 8
 _FILTER_MAX_BYTES = 4096 * _INSTRUCTION_BYTES  # BPF_MAXINSNS
 _RETURNS = frozenset({0x06, 0x16})  # BPF_RET | BPF_K, BPF_RET | BPF_A
 _FILTERS_MAX = 64
-_SPEC_MAX_BYTES = 16 << 20
 _LIBRARIES = "/etc/ld.so.cache"  # written anew when libseccomp is replaced
 
 
@@ -57,11 +56,14 @@ class Wanted:
     kept: Path
 
 
-def prepare(bundle: Path, *, state: Path, container_id: str, program: Program) -> Wanted | None:
+def prepare(
+    bundle: Path, spec: Mapping[str, Any], *, state: Path, container_id: str, program: Program
+) -> Wanted | None:
     """Put the compiled filter into a bundle's spec, if there is one. Blocks.
 
     Args:
         bundle: has the spec.
+        spec: as it is there.
         state: directory of the runtime's state in the container's namespace.
         container_id: as the runtime is told it.
         program: the runtime.
@@ -69,22 +71,18 @@ def prepare(bundle: Path, *, state: Path, container_id: str, program: Program) -
     Returns:
         What to hand to :func:`keep` after the create; None: there is nothing to keep.
     """
-    path = bundle / "config.json"
+    profile = _profile(spec)
+    if profile is None:
+        return None
     try:
-        if path.stat().st_size > _SPEC_MAX_BYTES:
-            return None
-        spec = json.loads(path.read_bytes())
-        profile = _profile(spec)
-        if profile is None:
-            return None
         kept = state.parent / _DIRECTORY / _key(profile, program)
         compiled = _read(kept)
         if compiled is None:
             return Wanted(state / container_id / _LEFT_BY_RUNTIME, kept)
         annotations = spec.get("annotations") or {}
-        spec["annotations"] = {**annotations, ANNOTATION: base64.b64encode(compiled).decode()}
-        _replace(path, json.dumps(spec).encode())
-    except (OSError, ValueError) as error:  # the runtime will say what is wrong with the spec
+        given = {**annotations, ANNOTATION: base64.b64encode(compiled).decode()}
+        _replace(bundle / "config.json", json.dumps({**spec, "annotations": given}).encode())
+    except OSError as error:
         log.debug("seccomp filter is compiled", error=str(error))
     return None
 
@@ -105,10 +103,8 @@ def keep(wanted: Wanted) -> None:
         log.debug("seccomp filter is not kept", error=str(error))
 
 
-def _profile(spec: Any) -> Mapping[str, Any] | None:
+def _profile(spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The profile, where the filter depends on nothing else, and nobody listens to it."""
-    if not isinstance(spec, dict):
-        return None
     section = spec.get("linux")
     profile = section.get("seccomp") if isinstance(section, dict) else None
     if not isinstance(profile, dict) or profile.get("listenerPath"):

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import pytest
 
-from services.common.frozen import frozen
+from services.common.frozen import compile_all, frozen
 
 T = TypeVar("T")
 made = []
@@ -174,3 +174,24 @@ def test_the_class_keeps_its_names():
     assert Place.__init__.__name__ == "__init__"
     assert Place("a") and Place.__init__.__qualname__ == "Place.__init__"
     assert Town.__doc__ == "Town"
+
+
+def test_what_was_compiled_beforehand_is_not_compiled_for_the_first_instance():
+    @frozen
+    class Pair:
+        a: int
+        b: int = 2
+
+    @frozen
+    class Own:
+        a: int
+
+        def __init__(self) -> None:
+            raise AssertionError("not called")
+
+    own = Own.__init__
+    compile_all()
+    compiled = Pair.__init__
+    assert Pair(1) == Pair(1, 2)
+    assert Pair.__init__ is compiled
+    assert Own.__init__ is own

@@ -116,7 +116,7 @@ class Bench:
         null = os.open(os.devnull, os.O_RDWR)
         runtime = runtime or self.runtime
         try:
-            runtime.prepare(self.bundle)
+            runtime.prepare(self.bundle, json.loads((self.bundle / "config.json").read_text()))
             return await runtime.create(
                 bundle=self.bundle,
                 pid_file=self.bundle / "init.pid",
