@@ -9,6 +9,7 @@ Rules that the order of lines below keeps:
 * The exit record is on the spool first; then what is left in the pipes goes to the log (so that
   whoever hears of the exit finds the log complete), and then it is told.
 * The unmounting and, a little later, the runtime's ``delete`` happen after that, on their own.
+  The file system's end, and with it the disk, is waited for last (``RootFs.ended``).
   Delete waits for the unmounting, and where there are hooks, which ``delete`` runs, or where nobody
   would finish it, for both; it repeats what has failed by then.
 """

@@ -1,18 +1,25 @@
-"""The root file system of a container, as far as it is for the shim to mount."""
+"""The root file system of a container, as far as it is for the shim to mount.
+
+To unmount an overlay takes two milliseconds, since the kernel ends it by a sync of the disk below.
+It is taken out of the tree of mounts at once, and ends after that: what follows goes on beside it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
-from services.common import mounts
+from services.common import linux, mounts
 from services.common.errors import TheseusError
 from services.shim.bundle import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from services.common.mounts import Mount
@@ -26,6 +33,7 @@ class RootFs:
     def __init__(self, path: Path, mounted: Sequence[Mount]) -> None:
         self._path = path
         self._mounts = tuple(mounted)
+        self._ending: asyncio.Future[None] | None = None
 
     def state(self) -> list[object]:
         """The mounts as plain data."""
@@ -40,9 +48,21 @@ class RootFs:
         return asyncio.get_running_loop().run_in_executor(None, self._mount)
 
     async def unmount(self) -> None:
-        """Unmount it. Idempotent."""
-        if self._mounts:
-            await asyncio.to_thread(mounts.unmount, self._path)
+        """Unmount it. Idempotent. Where it was there is nothing after that; see ``ended``."""
+        if not self._mounts:
+            return
+        loop = asyncio.get_running_loop()
+        gone: asyncio.Future[None] = loop.create_future()
+        say = partial(loop.call_soon_threadsafe, gone.set_result, None)
+        ending = self._ending = loop.run_in_executor(None, self._unmount, say)
+        await asyncio.wait([gone, ending], return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            ending.result()
+
+    async def ended(self) -> None:
+        """Wait until the kernel has ended what was unmounted: what was written is on the disk."""
+        if self._ending is not None:
+            await asyncio.wait([self._ending])
 
     async def take_down(self, mounted: asyncio.Future[None]) -> None:
         """Undo what ``mount`` began; a failure is logged, lest it hide the one that it follows."""
@@ -51,8 +71,22 @@ class RootFs:
             return
         try:
             await self.unmount()
+            await self.ended()
         except (TheseusError, OSError) as error:
             log.error("root file system stays mounted", path=str(self._path), error=str(error))
+
+    def _unmount(self, gone: Callable[[], object]) -> None:
+        copy = -1
+        try:
+            # While there is a copy of the mount the kernel only takes it out of the tree. Without
+            # one it ends it there and then.
+            with suppress(OSError):
+                copy = linux.clone_tree(self._path)
+            mounts.unmount(self._path)
+            gone()
+        finally:
+            if copy >= 0:
+                os.close(copy)
 
     def _mount(self) -> None:
         if self._mounts:

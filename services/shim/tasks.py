@@ -385,6 +385,7 @@ class Tasks:
             forgetting = self._run(self._see_forgotten(container, home))
             self._leaving[container.id] = _Leaving(container, home, forgetting)
         self.save(home)
+        await container.rootfs.ended()  # beside the way of the event to the journal
         if not len(self):
             self._note_emptied()
 

@@ -1,7 +1,8 @@
 """Registration: what a shim and containerd tell each other first, and the events that follow.
 
-Events are committed in batches: while one commit waits for the disk the next events gather. An
-acknowledgement means that an event, and all before it, are in the journal on the disk.
+Events are committed in batches: while one commit waits for the disk the next events gather, and
+those that nobody waits for do for a moment. An acknowledgement means that an event, and all before
+it, are in the journal on the disk; until then the shim has them on its spool.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from services.common.background import BEHIND_S
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.common.frozen import frozen
 from services.containerd.tasks.journal import TOPIC_DELETE, TOPIC_EXEC_ADDED, TOPIC_EXIT
@@ -30,6 +32,10 @@ log = structlog.get_logger(__name__)
 
 PROTOCOL = 1
 _BATCH_MAX = 256
+# They follow from a call that was answered, and mostly another event follows in milliseconds.
+_UNHURRIED = frozenset(
+    {"/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started"}
+)
 _WITHOUT_CHANGE = frozenset({"/tasks/exec-started", "/tasks/oom"})
 _STATUS = {
     "created": TaskStatus.CREATED,
@@ -167,16 +173,21 @@ class ShimSession:
         self._pending: deque[ShimEvent] = deque()
         self._room = asyncio.Event()
         self._wake = asyncio.Event()
+        self._due: asyncio.TimerHandle | None = None
         self._ended = False
         self._failure: Exception | None = None
 
     async def offer(self, event: ShimEvent) -> None:
         """Take an event in; waits while a full batch is waiting for the disk."""
         while len(self._pending) >= _BATCH_MAX:
+            self._wake.set()
             self._room.clear()
             await self._room.wait()
         self._pending.append(event)
-        self._wake.set()
+        if event.topic not in _UNHURRIED:
+            self._wake.set()
+        elif self._due is None:
+            self._due = asyncio.get_running_loop().call_later(BEHIND_S, self._wake.set)
 
     def end(self, failure: Exception | None = None) -> None:
         """No more events will come; with ``failure`` the session ends with that error at once."""
@@ -198,9 +209,12 @@ class ShimSession:
         Raises:
             Aborted: a newer session took over.
         """
-        while self._failure is None and not self._pending and not self._ended:
+        await self._wake.wait()
+        if not self._ended:
             self._wake.clear()
-            await self._wake.wait()
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
         if self._failure is not None:
             raise self._failure
         if not self._pending:

@@ -52,8 +52,8 @@ def session_of(known: KnownShim, journal: Any, progress: int = 0) -> ShimSession
     return ShimSession(known, journal, progress=progress, closed=lambda _: None)
 
 
-def event(seq: int) -> ShimEvent:
-    return ShimEvent(seq, 1, "/tasks/start", TypedValue("x", b""))
+def event(seq: int, topic: str = "/tasks/oom") -> ShimEvent:
+    return ShimEvent(seq, 1, topic, TypedValue("x", b""))
 
 
 async def test_events_gather_while_a_commit_waits_for_the_disk(
@@ -71,6 +71,45 @@ async def test_events_gather_while_a_commit_waits_for_the_disk(
     journal.let.release()
     assert await session.next_ack() == 101
     assert journal.batches == [[1], list(range(2, 102))]
+
+
+async def test_events_that_nobody_waits_for_are_journaled_with_the_next_one(
+    known: KnownShim, journal: SlowJournal
+) -> None:
+    session = session_of(known, journal)
+    journal.let.release()
+    acking = asyncio.ensure_future(session.next_ack())
+    await session.offer(event(1, "/tasks/create"))
+    await session.offer(event(2, "/tasks/start"))
+    await asyncio.sleep(0)
+    assert journal.batches == []
+    await session.offer(event(3, "/tasks/oom"))
+    assert await acking == 3
+    assert journal.batches == [[1, 2, 3]]
+
+
+async def test_without_a_next_one_they_are_journaled_soon(
+    known: KnownShim, journal: SlowJournal
+) -> None:
+    session = session_of(known, journal)
+    journal.let.release()
+    await session.offer(event(1, "/tasks/exec-added"))
+    async with asyncio.timeout(5):
+        assert await session.next_ack() == 1
+        await session.offer(event(2, "/tasks/exec-started"))
+        journal.let.release()
+        assert await session.next_ack() == 2
+
+
+async def test_those_that_gather_are_journaled_when_the_session_ends(
+    known: KnownShim, journal: SlowJournal
+) -> None:
+    session = session_of(known, journal)
+    journal.let.release()
+    await session.offer(event(1, "/tasks/create"))
+    session.end()
+    assert await session.next_ack() == 1
+    assert await session.next_ack() is None
 
 
 async def test_a_shim_that_sends_faster_than_the_disk_waits(
