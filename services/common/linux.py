@@ -1,7 +1,7 @@
 """Calls to the kernel that Python has no binding for: constants, argument types, one errno helper.
 
 Each function wraps one call faithfully and holds no policy. Constants are named as in the headers.
-Man pages: mount(2), umount2(2), prctl(2), madvise(2), openat2(2), syncfs(2), setns(2), unshare(2),
+Man pages: mount(2), umount2(2), prctl(2), mmap(2), madvise(2), openat2(2), syncfs(2), setns(2), unshare(2),
 inotify(7), pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2),
 open_tree(2), mount_setattr(2), clone(2).
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from services.common.frozen import frozen
 
 MADV_MERGEABLE = 12
+MADV_COLLAPSE = 25
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
@@ -99,6 +100,9 @@ _SYS_CLONE3 = 435
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
+_MAP_FAILED = ctypes.c_void_p(-1).value
+PROT_NONE = 0
+MAP_FIXED = 0x10
 _OPEN_TREE_CLONE = 0x1
 _AT_EMPTY_PATH = 0x1000
 _CLONE_CLEAR_SIGHAND = 0x1_0000_0000
@@ -131,6 +135,16 @@ _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 _libc.inotify_rm_watch.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.syscall.restype = ctypes.c_long
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.malloc.argtypes = [ctypes.c_size_t]
 _libc.malloc.restype = ctypes.c_void_p
@@ -311,6 +325,17 @@ def mallopt(parameter: int, value: int) -> None:
 def malloc(size: int) -> int:
     """Address of ``size`` bytes of the C library's heap (malloc(3)), never freed."""
     return _libc.malloc(size) or 0
+
+
+def mmap(address: int, length: int, protection: int, flags: int, fd: int) -> int:
+    """Map a file from its beginning, at ``address`` if MAP_FIXED says so (mmap(2))."""
+    found = _libc.mmap(address, length, protection, flags, fd, 0) or 0
+    return _check(-1 if found == _MAP_FAILED else found, "mmap")
+
+
+def munmap(address: int, length: int) -> None:
+    """Unmap what is mapped in a range of addresses (mmap(2))."""
+    _check(_libc.munmap(address, length), "munmap")
 
 
 def madvise(address: int, length: int, advice: int) -> None:

@@ -93,3 +93,33 @@ def test_where_memory_may_not_be_executed_there_are_no_copies(tmp_path, monkeypa
     sealed.keep(["/bin/busybox"])
     assert sealed.executable("/bin/busybox") == "/bin/busybox"
     assert open_descriptors() == before
+
+
+def in_huge_pages():
+    """Of all memory files of the machine, in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("ShmemHugePages:"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("there_are", [True, False])
+def test_a_large_program_is_copied_into_huge_pages_where_there_are_any(
+    tmp_path, monkeypatch, there_are
+):
+    size = 40 << 20  # others come and go meanwhile, which are smaller
+    monkeypatch.setattr(sealed, "_copies", {})
+    if not there_are:
+        monkeypatch.setattr(sealed, "_HUGE_PAGE", tmp_path / "none")
+    elif not sealed._HUGE_PAGE.exists():
+        pytest.skip("this kernel has no huge pages")
+    program = tmp_path / "large"
+    program.write_bytes(Path("/bin/busybox").read_bytes().ljust(size, b"\7"))
+    before, descriptors = in_huge_pages(), open_descriptors()
+    sealed.keep([str(program)])
+    copy = Path(sealed.executable(str(program)))
+    grown = in_huge_pages() - before
+    assert (grown > size // 2) == there_are
+    assert copy.read_bytes() == program.read_bytes()
+    assert fcntl.fcntl(int(copy.name), fcntl.F_GET_SEALS) == 0xF
+    os.close(int(copy.name))
+    assert open_descriptors() == descriptors
