@@ -1,9 +1,9 @@
 """Calls to the kernel that Python has no binding for: constants, argument types, one errno helper.
 
 Each function wraps one call faithfully and holds no policy. Constants are named as in the headers.
-Man pages: mount(2), umount2(2), prctl(2), mmap(2), madvise(2), openat2(2), syncfs(2), setns(2), unshare(2),
-inotify(7), pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2), move_mount(2),
-open_tree(2), mount_setattr(2), clone(2).
+Man pages: mount(2), umount2(2), prctl(2), mmap(2), madvise(2), openat2(2), syncfs(2), setns(2),
+unshare(2), inotify(7), pidfd_open(2), ioctl_pidfd(2), fsopen(2), fsconfig(2), fsmount(2),
+move_mount(2), open_tree(2), mount_setattr(2), clone(2).
 """
 
 from __future__ import annotations

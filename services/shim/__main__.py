@@ -14,10 +14,12 @@ from pathlib import Path
 
 from services.common import VERSION
 from services.common.errors import TheseusError
+from services.shim import spared_imports
 
 
 def main() -> None:
     """Run the command that the arguments name."""
+    spared_imports.leave_out()
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
@@ -66,9 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _factory(arguments: argparse.Namespace) -> None:
-    from services.shim import packing
-
-    packing.leave_out()
     from services.common import log
     from services.shim.factory import Factory
 
@@ -77,15 +76,13 @@ def _factory(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from services.shim import packing
-
-    packing.leave_out()
     import asyncio
 
     from services.shim.birth import run_shim
     from services.shim.config import ShimConfig
     from services.shim.metrics import ShimMetrics
 
+    spared_imports.let_in()
     config = ShimConfig.from_request(vars(arguments))
     asyncio.run(run_shim(config, ShimMetrics(), _write_answer))
 
@@ -102,6 +99,7 @@ def _reexec(arguments: argparse.Namespace) -> None:
         from services.shim.config import ShimConfig
         from services.shim.metrics import ShimMetrics
 
+        spared_imports.let_in()
         config = ShimConfig.from_request(successor.document["config"])
         await run_shim(config, ShimMetrics(), lambda _answer: None, successor)
 
@@ -117,6 +115,7 @@ def _keeper(arguments: argparse.Namespace) -> None:
 def _probe(arguments: argparse.Namespace) -> None:
     from services.shim.runtimes.probe import probe
 
+    spared_imports.let_in()
     results = probe(arguments.runtime or ())
     sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 

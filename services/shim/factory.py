@@ -35,7 +35,7 @@ import structlog
 from services.common import VERSION, tracing
 from services.common.frozen import compile_all
 from services.common.sockets import Place, socket_group
-from services.shim import packing, shim_cgroup
+from services.shim import packing, shim_cgroup, spared_imports
 from services.shim.app import Shim
 from services.shim.birth import be_asked, reply
 from services.shim.metrics import ShimMetrics
@@ -148,6 +148,7 @@ def warm_up() -> None:
     except Exception as error:
         # A shim works without, whatever was wrong; it has more memory of its own then.
         log.warning("rehearsal of a shim failed", exc_info=error)
+    spared_imports.let_in()
 
 
 def _as_it_is(value: object, enum: object) -> object:

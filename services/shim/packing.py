@@ -83,11 +83,6 @@ def _copy(code: CodeType, codes: Mapping[int, CodeType], copies: dict[int, CodeT
     return copies[id(code)]
 
 
-def leave_out() -> None:
-    """Have imports go without what asyncio would speak TLS with. Call it first."""
-    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # see importlib: not found
-
-
 def share_one_heap() -> None:
     """Have all threads allocate from the main heap instead of one each. Call it early."""
     linux.mallopt(linux.M_ARENA_MAX, 1)

@@ -54,9 +54,9 @@ def _become_warm(request: StartRequest, listener: int, requests: _socket.socket 
     def work() -> None:
         detach(request)
         # Imported when containerd has its answer already.
-        from services.shim import packing
+        from services.shim import packing, spared_imports
 
-        packing.leave_out()
+        spared_imports.leave_out()
         packing.share_one_heap()
         from services.common import linux
         from services.shim.ttrpc.app import run
