@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import struct
+from functools import cache
 from pathlib import Path
 
 from services.common.frozen import frozen
@@ -459,6 +460,7 @@ def process_start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+@cache
 def boot_id() -> str:
     """The kernel's random id of this boot (random(4)): state from another boot is void."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -50,6 +50,11 @@ class LocalContainerStore:
         """See :class:`ContainerStore`."""
         return self._db.look(lambda tx: _require(tx, namespace, container_id))
 
+    async def require(self, namespace: str, container_id: str) -> None:
+        """See :class:`ContainerStore`."""
+        if not self._db.look(lambda tx: rows.exists(tx, namespace, container_id)):
+            raise _not_found(namespace, container_id)
+
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[Container]:
         """See :class:`ContainerStore`."""
         wanted = parse(filters)

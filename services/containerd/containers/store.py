@@ -54,6 +54,9 @@ class ContainerStore(Protocol):
             NotFound: there is none.
         """
 
+    async def require(self, namespace: str, container_id: str) -> None:
+        """As ``get``, for whoever only needs it to be there."""
+
     async def find(self, namespace: str, filters: Sequence[str] = ()) -> list[Container]:
         """Containers that match any of the filters, by id; all if there are none.
 

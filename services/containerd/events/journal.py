@@ -88,6 +88,7 @@ class Journal:
         self._grown = asyncio.Event()
         self._appended = False  # touched in the writer's thread only
         self._wakeup = asyncio.Event()
+        self._followers = 0
         self._stopped = False
 
     def attach(self) -> None:
@@ -98,6 +99,11 @@ class Journal:
         """End all readers that follow: the process drains."""
         self._stopped = True
         self._wake()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody hears of an event as soon as it is committed."""
+        return self._followers > 0
 
     def append(
         self,
@@ -204,26 +210,31 @@ class Journal:
                 f"event {next_seq} was asked for, the newest is {last}: "
                 "the journal was started anew; read from 0"
             )
-        while True:
-            wakeup = self._wakeup  # before the read: what commits after it, wakes us
-            batch, first = self._db.look(partial(_read, seq=next_seq, limit=_FEW))
-            if len(batch) == _FEW:  # whoever follows finds one or two; these are more
-                batch, first = await self._db.read(partial(_read, seq=next_seq, limit=_BATCH))
-            if next_seq < first:
-                raise Truncated(next_seq, first)
-            for row in batch:
-                next_seq = row["seq"] + 1
-                if not namespace or row["namespace"] == namespace:
-                    yield _from_row(row)
-            if len(batch) < _BATCH:
-                if not follow:
-                    return
-                if self._stopped:
-                    raise Unavailable(
-                        f"containerd is stopping: read on from event {next_seq} when it is back",
-                        retry_after_s=0.1,
-                    )
-                await wakeup.wait()
+        self._followers += follow
+        try:
+            while True:
+                wakeup = self._wakeup  # before the read: what commits after it, wakes us
+                batch, first = self._db.look(partial(_read, seq=next_seq, limit=_FEW))
+                if len(batch) == _FEW:  # whoever follows finds one or two; these are more
+                    batch, first = await self._db.read(partial(_read, seq=next_seq, limit=_BATCH))
+                if next_seq < first:
+                    raise Truncated(next_seq, first)
+                for row in batch:
+                    next_seq = row["seq"] + 1
+                    if not namespace or row["namespace"] == namespace:
+                        yield _from_row(row)
+                if len(batch) < _BATCH:
+                    if not follow:
+                        return
+                    if self._stopped:
+                        raise Unavailable(
+                            f"containerd is stopping: read on from event {next_seq} when it is "
+                            "back",
+                            retry_after_s=0.1,
+                        )
+                    await wakeup.wait()
+        finally:
+            self._followers -= follow
 
     async def keep_bounded(self) -> None:
         """Cut off what passes the bounds, at times and when much has come, until cancelled."""

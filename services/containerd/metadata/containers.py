@@ -18,6 +18,14 @@ def get(tx: sqlite3.Connection, namespace: str, container_id: str) -> sqlite3.Ro
     return row
 
 
+def exists(tx: sqlite3.Connection, namespace: str, container_id: str) -> bool:
+    """Whether there is a container of that id."""
+    found = tx.execute(
+        "SELECT 1 FROM containers WHERE namespace = ? AND id = ?", (namespace, container_id)
+    ).fetchone()
+    return found is not None
+
+
 def list_all(tx: sqlite3.Connection, namespace: str) -> list[sqlite3.Row]:
     """Every container of a namespace, by id."""
     return tx.execute(

@@ -59,7 +59,7 @@ class CgroupMoves:
         self._root = root
         self._proc = proc
         self._write = write or write_itself
-        self._checked = Path()
+        self._checked = "", Path()
         self._expected = asyncio.Event()
         self._background = Background()
         # Its own: the loop's threads are few, and do what somebody waits for.
@@ -100,12 +100,14 @@ class CgroupMoves:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._take_lock)
 
     def _take_lock(self) -> None:
-        # Looked up each time: this process may have been moved, and must not be moved back.
-        file = own_cgroup(self._proc.read_text(), self._root) / "cgroup.procs"
-        if file != self._checked:
+        # Read each time: this process may have been moved, and must not be moved back.
+        lines = self._proc.read_text()
+        checked, file = self._checked
+        if lines != checked:
+            file = own_cgroup(lines, self._root) / "cgroup.procs"
             if str(os.getpid()) not in file.read_text().split():
                 raise FileNotFoundError(f"{file} is not that of this process")
-            self._checked = file
+            self._checked = lines, file
         self._write(file)
 
 

@@ -97,6 +97,11 @@ class TaskJournal:
         self._journal = journal
         self.codec = codec
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody hears of an event as soon as it is recorded."""
+        return self._journal.is_followed
+
     async def record(
         self, namespace: str, instance_id: str, events: Sequence[ShimEvent]
     ) -> list[ShimEvent]:

@@ -131,7 +131,7 @@ class Keeper:
 
     def check(self, known: KnownShim) -> None:
         """See to a shim that may have died while somebody else took care of it."""
-        if known.process is None or not known.process.alive():
+        if known.watch is None or known.watch.done():  # its end was seen, and left to them
             self._background.start(self._settle_dead(known), name=f"bury {known.id}")
 
     async def _watch(self, known: KnownShim, process: ProcessId) -> None:

@@ -150,7 +150,7 @@ class TaskManager:
             FailedPrecondition: it runs.
             DataLoss: it is deleted; nobody can know how init ended.
         """
-        await self._containers.get(namespace, container_id)
+        await self._containers.require(namespace, container_id)
         known = self._shims.get(namespace, container_id)
         if known.dismissed is not None:
             raise _no_task(known)
@@ -280,7 +280,7 @@ class TaskManager:
             NotFound: there is no such task or exec.
             DataLoss: it has ended and nobody can know how.
         """
-        await self._containers.get(namespace, container_id)
+        await self._containers.require(namespace, container_id)
         known = self._shims.get(namespace, container_id)
         pause_s = _WAIT_AGAIN_S
         before = known.exits.get(exec_id)
@@ -379,7 +379,7 @@ class TaskManager:
         Whatever comes of it, the state of init is looked at anew: the answer is here before the
         event.
         """
-        await self._containers.get(namespace, container_id)
+        await self._containers.require(namespace, container_id)
         known = self._shims.get(namespace, container_id)
         deadline = time.monotonic() + _ASK_AGAIN_S
         while True:

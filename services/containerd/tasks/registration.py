@@ -184,10 +184,17 @@ class ShimSession:
             self._room.clear()
             await self._room.wait()
         self._pending.append(event)
-        if event.topic not in _UNHURRIED:
+        if event.topic == TOPIC_EXIT:
+            self.known.forget_state()
+        if self._is_waited_for(event):
             self._wake.set()
         elif self._due is None:
             self._due = asyncio.get_running_loop().call_later(BEHIND_S, self._wake.set)
+
+    def _is_waited_for(self, event: ShimEvent) -> bool:
+        if event.topic == TOPIC_EXIT:  # who waits for the process itself hears it of the shim
+            return self._journal.is_followed
+        return event.topic not in _UNHURRIED
 
     def end(self, failure: Exception | None = None) -> None:
         """No more events will come; with ``failure`` the session ends with that error at once."""

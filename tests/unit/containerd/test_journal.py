@@ -128,6 +128,21 @@ async def test_a_follower_is_woken_by_an_event_that_comes_later(meta: Metadata) 
         assert (await waiting).topic == "/late"
 
 
+async def test_it_is_followed_from_the_first_follower_to_the_last(meta: Metadata) -> None:
+    async def follow() -> None:
+        async for _ in meta.journal.read():
+            pass
+
+    assert not meta.journal.is_followed
+    assert await read(meta) == []
+    assert not meta.journal.is_followed
+    async with Background() as background:
+        for _ in range(2):
+            background.start(follow(), name="follower")
+        await eventually(lambda: meta.journal.is_followed)
+    assert not meta.journal.is_followed
+
+
 async def test_a_stop_ends_followers_after_what_they_have_not_read(meta: Metadata) -> None:
     await append(meta, "a")
     entries = meta.journal.read(1)

@@ -28,6 +28,7 @@ class SlowJournal:
 
     def __init__(self) -> None:
         self.codec = CODEC
+        self.is_followed = False
         self.batches: list[list[int]] = []
         self.entered = asyncio.Event()
         self.let = asyncio.Semaphore(0)
@@ -86,6 +87,26 @@ async def test_events_that_nobody_waits_for_are_journaled_with_the_next_one(
     await session.offer(event(3, "/tasks/oom"))
     assert await acking == 3
     assert journal.batches == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+async def test_an_exit_waits_for_the_deletion_unless_somebody_follows_the_journal(
+    known: KnownShim, journal: SlowJournal, is_followed: bool
+) -> None:
+    journal.is_followed = is_followed
+    session = session_of(known, journal)
+    journal.let.release()
+    acking = asyncio.ensure_future(session.next_ack())
+    await session.offer(event(1, "/tasks/exit"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert journal.batches == ([[1]] if is_followed else [])
+    await session.offer(event(2, "/tasks/delete"))
+    journal.let.release()
+    acknowledged = [await acking]
+    if is_followed:
+        acknowledged.append(await session.next_ack())
+    assert acknowledged == ([1, 2] if is_followed else [2])
 
 
 async def test_without_a_next_one_they_are_journaled_soon(
