@@ -17,6 +17,7 @@ import struct
 from functools import cache
 from pathlib import Path
 
+from services.common import small_files
 from services.common.frozen import frozen
 
 MADV_MERGEABLE = 12
@@ -453,7 +454,7 @@ def process_start_time(pid: int) -> int | None:
     is no such process, or it is a zombie.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        stat = small_files.read(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()

@@ -21,6 +21,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from services.common import small_files
 from services.common.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class Bundle:
         Raises:
             FailedPrecondition: there is none, or it is not JSON.
         """
-        path = self.path / "config.json"
+        path = f"{self._prefix}config.json"
         try:
-            if path.stat().st_size > _SPEC_MAX_BYTES:
+            if os.stat(path).st_size > _SPEC_MAX_BYTES:  # noqa: PTH116
                 raise FailedPrecondition(f"{path} is larger than {_SPEC_MAX_BYTES} bytes")
-            spec = json.loads(path.read_bytes())
+            spec = json.loads(small_files.read(path))
         except OSError as error:
             raise FailedPrecondition(
                 f"the bundle has no readable {path}: {error.strerror}"
@@ -77,7 +78,8 @@ class Bundle:
 
     def write(self, name: str, data: Mapping[str, object]) -> None:
         """Replace a JSON file of the bundle."""
-        replace_file(f"{self._prefix}{name}", f"{self._prefix}.{name}.tmp", json.dumps(data))
+        content = json.dumps(data).encode()
+        small_files.replace(f"{self._prefix}{name}", f"{self._prefix}.{name}.tmp", content)
 
     def remove(self, name: str) -> None:
         """Remove a file of the bundle, if it is there."""
@@ -86,27 +88,10 @@ class Bundle:
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the bundle; empty when it is not there, or is not an object."""
         try:
-            data = json.loads(read_file(f"{self._prefix}{name}"))
+            data = json.loads(small_files.read(f"{self._prefix}{name}"))
         except (OSError, ValueError):
             return {}
         return data if isinstance(data, dict) else {}
-
-
-# Paths as text in what a shim does dozens of times: to make and take apart those of pathlib was a
-# seventh of its work.
-
-
-def read_file(path: str) -> bytes:
-    """A file's content."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        return file.read()
-
-
-def replace_file(path: str, temporary: str, text: str) -> None:
-    """Write a file that appears whole, in place of the one that is there."""
-    with open(temporary, "wb") as file:  # noqa: PTH123
-        file.write(text.encode())
-    os.rename(temporary, path)  # noqa: PTH104
 
 
 def has_hooks(spec: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from services.common import small_files
 from services.common.frozen import frozen
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cg
     Raises:
         OSError: there is no such process.
     """
-    theirs = _parse(Path(f"{proc}/{pid}/cgroup").read_text())
-    ours = _parse(Path(f"{proc}/self/cgroup").read_text())
+    theirs = _parse(small_files.read(f"{proc}/{pid}/cgroup").decode())
+    ours = _parse(small_files.read(f"{proc}/self/cgroup").decode())
     controllers = {
         name: f"{root}/{name.removeprefix('name=')}/{path.lstrip('/')}"
         for name, path in theirs.items()
@@ -159,7 +160,7 @@ def read_number(path: Path) -> int:
 def read_lines(path: Path) -> list[str]:
     """Lines of a file; empty when it cannot be read."""
     try:
-        return path.read_text().splitlines()
+        return small_files.read(str(path)).decode().splitlines()
     except OSError:
         return []
 

@@ -12,6 +12,7 @@ import threading
 from dataclasses import fields
 from typing import Self
 
+from services.common import small_files
 from services.common.frozen import frozen
 
 _FDS = "/proc/self/fd"
@@ -47,14 +48,12 @@ class Possessions:
         """What it has now; a few dozen calls of the kernel."""
         # The listing's own descriptor is in it, with the same number if all others are the same.
         files = {name: _target(name) for name in os.listdir(_FDS) if name != "2"}  # noqa: PTH208
-        with open("/proc/self/cgroup", "rb") as file:  # noqa: PTH123
-            cgroups = file.read()
         return cls(
             files=files,
             threads=len(os.listdir("/proc/self/task")),  # noqa: PTH208
             tasks=len(asyncio.all_tasks()),
             children=_has_children(),
-            cgroups=cgroups,
+            cgroups=small_files.read("/proc/self/cgroup"),
             directory=os.getcwd(),  # noqa: PTH109
         )
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.common import small_files
 from services.common.frozen import frozen
-from services.shim.bundle import read_file, replace_file
 from services.shim.events import Event
 
 if TYPE_CHECKING:
@@ -154,11 +154,11 @@ class Spool:
     def _load(self, seq: int) -> SpooledEvent:
         if seq in self._memory:
             return self._memory[seq]
-        return _spooled(json.loads(read_file(f"{self._prefix}{seq}")))
+        return _spooled(json.loads(small_files.read(f"{self._prefix}{seq}")))
 
     def _write(self, spooled: SpooledEvent) -> None:
         path = f"{self._prefix}{spooled.seq}"
-        replace_file(path, f"{path}.tmp", json.dumps(_document(spooled)))
+        small_files.replace(path, f"{path}.tmp", json.dumps(_document(spooled)).encode())
         self._files.add(spooled.seq)
 
 

@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.common import small_files
 from services.common.errors import InvalidArgument
 from services.common.frozen import frozen
 from services.shim.runtimes.runtime import RuntimeMissing
@@ -47,7 +47,7 @@ CAPABILITIES = frozenset(
 )
 """What a runtime with runc's command line may lack."""
 
-_CONFIGURATION = Path("/etc/theseus/runtimes.json")
+_CONFIGURATION = "/etc/theseus/runtimes.json"
 _CONFIGURATION_VARIABLE = "THESEUS_RUNTIMES"
 _CONFIGURATION_MAX_BYTES = 1 << 20
 _BINARY_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,128}")
@@ -119,10 +119,9 @@ def configured() -> dict[str, Program]:
     Raises:
         InvalidArgument: the file is not as it should be.
     """
-    path = Path(os.environ.get(_CONFIGURATION_VARIABLE) or _CONFIGURATION)
+    path = os.environ.get(_CONFIGURATION_VARIABLE) or _CONFIGURATION
     try:
-        with path.open("rb") as file:
-            data = file.read(_CONFIGURATION_MAX_BYTES)
+        data = small_files.read(path, _CONFIGURATION_MAX_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -136,7 +135,7 @@ def configured() -> dict[str, Program]:
     return {name: _entry(path, name, entry) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, entry: Any) -> Program:
+def _entry(path: str, name: str, entry: Any) -> Program:
     what = f"runtime '{name}' in {path}"
     if not _BINARY_NAME.fullmatch(name) or not isinstance(entry, dict):
         raise InvalidArgument(f"{what} is not a plain name with an object")

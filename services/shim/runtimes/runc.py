@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common import tracing
+from services.common import small_files, tracing
 from services.common.errors import Unimplemented
 from services.shim.runtimes import criu, exec_fifo, failures, programs, seccomp
 from services.shim.runtimes.invocation import Outcome, run
@@ -267,8 +267,7 @@ class RuncRuntime:
 
     def _read_pid(self, pid_file: Path) -> int:
         try:
-            with pid_file.open("rb") as file:
-                text = file.read(_PID_FILE_MAX_BYTES).strip()
+            text = small_files.read(str(pid_file), _PID_FILE_MAX_BYTES).strip()
         except OSError as error:
             raise RuntimeBroken(
                 f"runtime '{self.name}' reported success without writing {pid_file}"
