@@ -331,7 +331,6 @@ async def test_a_deletion_does_not_wait_for_the_end_of_the_shim(
     request = pb.DeleteTaskRequest(container_id="c1")
     assert (await client.tasks.Delete(request, timeout=10)).exit_status == 3
     assert shim.alive
-    assert json.loads((shim.bundle / "deleting").read_text()) == {"exit_status": 3, "clean": True}
     assert (await node.topics())[-1] == "/tasks/delete"
     for call in (
         client.tasks.Delete(request, timeout=10),
@@ -341,6 +340,8 @@ async def test_a_deletion_does_not_wait_for_the_end_of_the_shim(
         assert (await failure(call))[0] is grpc.StatusCode.NOT_FOUND
     listed = await client.tasks.List(pb.ListTasksRequest(), timeout=10)
     assert list(listed.tasks) == []
+    await shim.called("Shutdown")
+    assert json.loads((shim.bundle / "deleting").read_text()) == {"exit_status": 3, "clean": True}
     await shim.die()
     await node.shims_removed()
     assert nothing_left(node)

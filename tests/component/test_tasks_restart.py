@@ -499,6 +499,48 @@ async def test_a_deletion_goes_on_after_a_restart(node: TaskNode, step: str) -> 
         assert (await node.topics()).count("/tasks/exit") == 1
 
 
+@pytest.mark.parametrize("shim_dies", [False, True])
+async def test_a_deletion_that_was_told_goes_on_though_it_was_not_marked(
+    node: TaskNode, monkeypatch: pytest.MonkeyPatch, *, shim_dies: bool
+) -> None:
+    async def stop_here(*_arguments: object) -> None:
+        await asyncio.Event().wait()
+
+    # The trace point: the deletion is answered, ``deleting`` is not written.
+    monkeypatch.setattr(node.shims._undertaker, "mark", stop_here)
+    monkeypatch.setattr("services.containerd.tasks.shims._LEAVE_S", 0.05)
+    shim = await node.running("c1")
+    await shim.exit("", 1)
+    assert (await delete(node, "c1")).exit_status == 1
+    await node.stop()
+    assert not (shim.bundle / "deleting").exists()
+    if shim_dies:
+        await shim.die()
+    await node.start()
+    async with node.client() as client:
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await client.tasks.Get(pb.GetRequest(container_id="c1"), timeout=10)
+        assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
+        await client.tasks.Create(pb.CreateTaskRequest(container_id="c1"), timeout=10)
+    assert node.shim("c1") is not shim
+    assert not shim.alive
+    topics = await node.topics()
+    assert topics.count("/tasks/exit") == topics.count("/tasks/delete") == 1
+
+
+async def test_a_deletion_that_the_shim_could_not_tell_of_is_marked_before_it_is_answered(
+    node: TaskNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.containerd.tasks.shims._TOLD_S", 0.05)
+    shim = await node.running("c1")
+    await shim.exit("", 1)
+    await shim.stop_registering()
+    shim.hanging.add("Shutdown")
+    assert (await delete(node, "c1")).exit_status == 1
+    assert (shim.bundle / "deleting").exists()
+    await shim.die()
+
+
 def note_runtime(node: TaskNode, shim: FakeShim) -> Path:
     """Give a shim a runtime that writes down what it is asked; returns where."""
     calls, program = node.root / "calls", node.root / "runtime"

@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def last_topic(tx: sqlite3.Connection, shim: str) -> str:
+    """Topic of the last event of a shim that is in the journal; empty for none."""
+    row = tx.execute(
+        "SELECT topic FROM journal WHERE shim = ? ORDER BY shim_seq DESC LIMIT 1", (shim,)
+    ).fetchone()
+    return "" if row is None else str(row["topic"])
+
+
 def shim_events(
     tx: sqlite3.Connection, shim: str, topics: Sequence[str]
 ) -> list[tuple[str, bytes]]:

@@ -8,7 +8,8 @@
         spool/<seq>     events that containerd has not acknowledged yet (the shim's)
         state.json      the shim's own notes
         gone.json       how the processes ended, once the shim was given up (containerd's)
-        deleting        removal has begun: whoever finds it goes on with it
+        deleting        removal has begun: whoever finds it goes on with it (it also may have where
+                        there is none: see ``undertaker.py``)
 
 A bundle is made under a name that begins with a dot and renamed once it is complete, so a directory
 with a plain name always has shim.json and config.json. Removal writes ``deleting``, unmounts what

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -13,6 +15,7 @@ from services.containerd.tasks.gone import Epitaph
 
 if TYPE_CHECKING:
     from services.containerd.tasks.bundle import Bundle, Bundles, ShimRecord
+    from services.containerd.tasks.journal import TaskJournal
 
 log = structlog.get_logger(__name__)
 
@@ -23,7 +26,7 @@ class FoundBundle:
 
     Attributes:
         record: None where shim.json is no record: the bundle is rubbish.
-        deletion: the note of a removal that has begun.
+        deletion: the note of a removal that is on record.
         epitaph: there if its shim was buried.
     """
 
@@ -33,8 +36,25 @@ class FoundBundle:
     epitaph: Epitaph | None
 
 
-def look_around(bundles: Bundles) -> list[FoundBundle]:
-    """Every bundle that is there, with what its files say. Blocks."""
+async def look_around(bundles: Bundles, journal: TaskJournal) -> list[FoundBundle]:
+    """Every bundle that is there, with what its files and the journal say."""
+    every = await asyncio.to_thread(_read_all, bundles)
+    deleted = await journal.deleted([i for i in map(_teller, every) if i])
+    return [
+        replace(found, deletion={"clean": True}) if _teller(found) in deleted else found
+        for found in every
+    ]
+
+
+def _teller(found: FoundBundle) -> str:
+    """The instance whose own word says whether its task is deleted; empty: something else does."""
+    is_settled = found.deletion is not None or found.epitaph is not None
+    if found.record is None or found.record.binary or is_settled:
+        return ""
+    return found.record.instance_id
+
+
+def _read_all(bundles: Bundles) -> list[FoundBundle]:
     return [
         FoundBundle(bundle, _record(bundle), bundle.deletion(), _epitaph(bundle))
         for bundle in bundles.all()

@@ -132,6 +132,12 @@ class TaskJournal:
                 found[notice.exec_id] = notice.exit
         return found
 
+    async def deleted(self, instance_ids: Sequence[str]) -> set[str]:
+        """The shims among these that have told last that their container is deleted."""
+        return await self._db.read(
+            lambda tx: {i for i in instance_ids if rows.last_topic(tx, i) == TOPIC_DELETE}
+        )
+
     async def say_for(
         self, namespace: str, instance_id: str, messages: Sequence[tuple[str, TypedValue]]
     ) -> None:

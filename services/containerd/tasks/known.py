@@ -20,6 +20,7 @@ deleted.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class KnownShim:
         exits: how its processes ended, by exec id, as far as containerd was told.
         removal: held by whoever removes it.
         dismissed: the note of its deletion, once its task is deleted and it is on its way out.
+        is_marked: that is on record in the bundle.
         deletion_told: set once the journal has its ``/tasks/delete``.
     """
 
@@ -105,6 +107,7 @@ class KnownShim:
         self._state_changes = 0
         self.removal = asyncio.Lock()
         self.dismissed: Mapping[str, Any] | None = None
+        self.is_marked = False
         self.deletion_told = asyncio.Event()
         self.replaced_at: list[float] = []
         self._standing = standing
@@ -139,6 +142,17 @@ class KnownShim:
                 await changed.wait()
         except TimeoutError:
             return
+
+    async def told_deletion(self, *, within_s: float) -> bool:
+        """Whether the shim's word that its task is deleted is in the journal, given some time.
+
+        What does not come within the time is read from its spool by the removal.
+        """
+        if self.session is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self.deletion_told.wait()
+        return self.deletion_told.is_set()
 
     async def state(self) -> ProcessState:
         """State of init, from its shim if need be.

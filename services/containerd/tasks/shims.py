@@ -126,7 +126,7 @@ class ShimManager:
         self._leaving: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
-        for found in await asyncio.to_thread(look_around, self._bundles):
+        for found in await look_around(self._bundles, self._journal):
             self._inherit(found)
         return self
 
@@ -300,8 +300,9 @@ class ShimManager:
     async def dismiss(self, known: KnownShim, note: Mapping[str, Any], *, told: bool) -> None:
         """Let the shim of a deleted task go; returns once that cannot get lost any more.
 
-        By then its removal is on record, and its events are in the journal where it can deliver
-        them. The removal goes on by itself; a new task of the same id waits for its end.
+        By then its events are in the journal where it can deliver them. That it tells of the
+        deletion is the record of its removal until ``deleting`` is written; what has not told so
+        has that now. The removal goes on by itself; a new task of the same id waits for its end.
 
         Args:
             known: the shim, whose container is deleted.
@@ -311,18 +312,14 @@ class ShimManager:
         is_dead = known.standing is Standing.GONE
         known.turn(Standing.REMOVING)
         note = {**note, "clean": True}
-        await self._undertaker.mark(known, note)
+        if is_dead or not told or not await known.told_deletion(within_s=_TOLD_S):
+            await self._mark(known, note)
         if known.dismissed is not None:  # by another call at the same time
             return
         known.dismissed = note
         if is_dead:  # there is nobody to wait for
             await self.remove(known)
             return
-        if told and known.session is not None:
-            # What does not come within the time is read from its spool by the removal.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_TOLD_S):
-                    await known.deletion_told.wait()
         task = self._background.start_behind(partial(self.remove, known), name=f"remove {known.id}")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -337,8 +334,8 @@ class ShimManager:
             if known.standing is Standing.REMOVED:
                 return False
             known.turn(Standing.REMOVING)
-            if known.dismissed is None:
-                await self._undertaker.mark(known, {})
+            if not known.is_marked:
+                await self._mark(known, known.dismissed or {})
             clean = known.dismissed is not None and bool(known.dismissed.get("clean"))
             shared = bool(self._sharing.company(known))
             try:
@@ -355,6 +352,10 @@ class ShimManager:
             if known.line is not None:
                 known.line.release()  # only now: nothing names its process any more
             return True
+
+    async def _mark(self, known: KnownShim, note: Mapping[str, Any]) -> None:
+        await self._undertaker.mark(known, note)
+        known.is_marked = True
 
     async def scrape(self, *, timeout_s: float = 0.8) -> bytes:
         """The metrics of all shims in one page; those that do not answer in time are counted.

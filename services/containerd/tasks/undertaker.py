@@ -9,11 +9,12 @@ A process that still ran when its shim had died is killed here, and the kernel t
 (``PIDFD_GET_INFO``), so that is true as well. Where no record exists, the status is lost, and the
 event says so: topic ``/tasks/lost``, a ``theseus.shim.v1.ProcessState`` with ``exit_status_lost``.
 
-Removal: ``deleting`` written · shim told to go, then killed (or, where its process serves others
+Removal: on record · shim told to go, then killed (or, where its process serves others
 too, told to serve this one no longer; one that waits for another container has gone, too) · spool
 -> journal · leftovers, mounts, bundle. Both sequences can be repeated from the start after a crash
 at any step. Whoever deletes a task waits for the first step of a removal; the rest follows behind
-its back.
+its back. On record is what ``deleting`` says, or the shim itself: if the last event of it in the
+journal is ``/tasks/delete``, its task was deleted, and ``deleting`` is written behind the answer.
 
 A shim says that a container is deleted before the runtime has forgotten it, and goes when it has.
 One that dies in between has it in state.json still, so the runtime is told here; until then a new
