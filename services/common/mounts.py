@@ -7,6 +7,10 @@ block. Targets are resolved as if the place that the list is mounted at were the
 An overlay is mounted through fsopen(2), which takes the lower directories one by one: mount(2) has
 a page for all options, which some thirty layers fill. Where the kernel is too old for that (before
 6.7), mount(2) does it, with the directories named from a descriptor of their common parent.
+
+The directories of an overlay are named as they are seen from their common parent. The kernel shows
+the names as they were given to everybody who reads what is mounted, and a runtime does that three
+times for each container: beside a hundred others that is 20 KB instead of 46.
 """
 
 from __future__ import annotations
@@ -80,6 +84,7 @@ _ATTRIBUTES = {
     linux.MS_NODIRATIME: linux.MOUNT_ATTR_NODIRATIME,
 }
 _NOT_HERE = ("loop", "X-containerd.")
+_WRITABLE = ("upperdir", "workdir")
 _SAME_IDS = idmap.IdMap()
 
 
@@ -370,9 +375,12 @@ def _mount_overlay(mount: Mount, target: Path, flags: int, data: Sequence[str]) 
     if not _layers_one_by_one() or "" in layers or "\\" in lower:
         _mount_overlay_classic(mount.source, target, flags, data)
         return
+    common = _common_parent([*layers, *(overlay_option(data, name) for name in _WRITABLE)])
     fs = linux.fsopen("overlay")
     try:
-        _configure_overlay(fs, mount, flags, data, layers)
+        with _working_in(common):
+            near = [_seen_from(common, layer) for layer in layers]
+            _configure_overlay(fs, mount, flags, [_option_from(common, o) for o in data], near)
         attributes = sum(bit for flag, bit in _ATTRIBUTES.items() if flags & flag)
         mount_fd = linux.fsmount(fs, attributes)
         try:
@@ -400,6 +408,39 @@ def _mount_overlay_classic(source: str, target: Path, flags: int, data: Sequence
         os.close(directory)
 
 
+def _common_parent(directories: Sequence[str]) -> str:
+    """The directory that has them all, with a slash at its end; empty if some are not absolute."""
+    given = [directory.rstrip("/") for directory in directories if directory]
+    if not all(directory.startswith("/") for directory in given):
+        return ""
+    return os.path.commonpath([directory.rpartition("/")[0] or "/" for directory in given]) + "/"
+
+
+def _seen_from(common: str, path: str) -> str:
+    return path[len(common) :].lstrip("/") if common and path.startswith(common) else path
+
+
+def _option_from(common: str, option: str) -> str:
+    key, equals, value = option.partition("=")
+    return f"{key}{equals}{_seen_from(common, value)}" if key in _WRITABLE else option
+
+
+@contextlib.contextmanager
+def _working_in(directory: str) -> Iterator[None]:
+    """Have this thread, and no other, work in a directory while the context lasts; empty: stay."""
+    if not directory:
+        yield
+        return
+    linux.unshare(linux.CLONE_FS)
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(directory)
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
+
+
 def _configure_overlay(
     fs: int, mount: Mount, flags: int, data: Sequence[str], layers: Sequence[str]
 ) -> None:
@@ -417,7 +458,8 @@ def _configure_overlay(
         linux.fsconfig(fs, linux.FSCONFIG_CMD_CREATE)
     except OSError as error:
         reasons = "; ".join(_messages(fs))
-        text = f"{error.strerror} ({reasons})" if reasons else error.strerror
+        told = f"{reasons}, in {os.getcwd()}"  # noqa: PTH109
+        text = f"{error.strerror} ({told})" if reasons else error.strerror
         raise OSError(error.errno, text, error.filename) from error
 
 

@@ -245,3 +245,55 @@ def test_an_overlay_of_many_layers_whatever_the_kernels_age(
         assert len(list(root.iterdir())) == 60
     finally:
         unmount(root)
+
+
+@pytest.mark.parametrize("where", ["a/b", "a/../a/b", ""])
+def test_an_overlay_shows_short_names_and_its_thread_stays_where_it_was(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not mounts._layers_one_by_one():
+        pytest.skip("this kernel takes all layers in one option")
+    layers = tmp_path / where
+    layers.mkdir(parents=True, exist_ok=True)
+    for name in ("lower", "upper/fs", "upper/work", "root"):
+        (layers / name).mkdir(parents=True)
+    (layers / "lower" / "file").write_text("seen")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    options = (
+        f"lowerdir={tmp_path}/{where}/lower",
+        f"upperdir={tmp_path}/{where}/upper/fs/",
+        f"workdir={tmp_path}/{where}/upper/work",
+    )
+    root = layers / "root"
+    mount_all([Mount("overlay", "overlay", options=options)], root)
+    try:
+        assert (root / "file").read_text() == "seen"
+        shown = Path("/proc/self/mountinfo").read_text().splitlines()[-1]
+        assert "=upper/fs/," in shown
+        assert "=lower," in shown
+    finally:
+        unmount(root)
+    assert Path.cwd() == elsewhere
+
+
+def test_layers_that_are_named_from_here_are_found_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "root"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "file").write_text("seen")
+    monkeypatch.chdir(tmp_path)
+    mount_all([Mount("overlay", "overlay", options=(f"lowerdir=a:{tmp_path}/b",))], Path("root"))
+    try:
+        assert Path("root/file").read_text() == "seen"
+    finally:
+        unmount(Path("root"))
+
+
+def test_a_layer_that_is_missing_is_told_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    lower = f"lowerdir={tmp_path}/none:{tmp_path}/neither"
+    with pytest.raises(MountFailed, match=f"none.*in {tmp_path}|No such file"):
+        mount_all([Mount("overlay", "overlay", options=(lower,))], tmp_path / "root")
