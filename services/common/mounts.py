@@ -3,21 +3,12 @@
 A list of :class:`Mount` is how a snapshotter hands out a file system without mounting it: the
 list is done in order and undone in reverse, by whoever wants to see the files. All functions
 block. Targets are resolved as if the place that the list is mounted at were the root.
-
-An overlay is mounted through fsopen(2), which takes the lower directories one by one: mount(2) has
-a page for all options, which some thirty layers fill. Where the kernel is too old for that (before
-6.7), mount(2) does it, with the directories named from a descriptor of their common parent.
-
-The directories of an overlay are named as they are seen from their common parent. The kernel shows
-the names as they were given to everybody who reads what is mounted, and a runtime does that three
-times for each container: beside a hundred others that is 20 KB instead of 46.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +18,19 @@ import structlog
 from services.common import idmap, linux
 from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from services.common.frozen import frozen
+from services.common.overlay_mounts import (
+    MountFailed,
+    mount_classic,
+    mount_mapped_overlay,
+    mount_overlay,
+    overlay_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 log = structlog.get_logger(__name__)
 
-# One page, less the byte that ends it (mount(2)); the kernel cuts what is longer without a word.
-_DATA_MAX_BYTES = 4095
 _UNMOUNT_ATTEMPTS = 64
 
 # mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS: what each sets
@@ -74,22 +70,8 @@ _PROPAGATIONS = {
     "private": linux.MS_PRIVATE,
     "unbindable": linux.MS_UNBINDABLE,
 }
-_ATTRIBUTES = {
-    linux.MS_RDONLY: linux.MOUNT_ATTR_RDONLY,
-    linux.MS_NOSUID: linux.MOUNT_ATTR_NOSUID,
-    linux.MS_NODEV: linux.MOUNT_ATTR_NODEV,
-    linux.MS_NOEXEC: linux.MOUNT_ATTR_NOEXEC,
-    linux.MS_NOATIME: linux.MOUNT_ATTR_NOATIME,
-    linux.MS_STRICTATIME: linux.MOUNT_ATTR_STRICTATIME,
-    linux.MS_NODIRATIME: linux.MOUNT_ATTR_NODIRATIME,
-}
 _NOT_HERE = ("loop", "X-containerd.")
-_WRITABLE = ("upperdir", "workdir")
 _SAME_IDS = idmap.IdMap()
-
-
-class MountFailed(FailedPrecondition):
-    """The kernel refused a mount; the message has its reason."""
 
 
 @frozen
@@ -257,12 +239,6 @@ def as_readonly(mount: Mount) -> Mount:
     return Mount(mount.type, mount.source, mount.target, (*options, "ro"))
 
 
-def overlay_option(options: Sequence[str], name: str) -> str:
-    """The value of ``name=value`` among mount options; empty if it is not there."""
-    prefix = f"{name}="
-    return next((o.removeprefix(prefix) for o in options if o.startswith(prefix)), "")
-
-
 def _place(target: Path, below: str) -> Path:
     """Where ``below`` is, made if it is missing; ``target`` is its root, for links in it too."""
     if not below:
@@ -304,10 +280,10 @@ def _mount_one(mount: Mount, target: Path) -> None:
         if options.ids:
             _mount_mapped(mount, target, flags, options)
         elif mount.type == "overlay" and not flags & linux.MS_REMOUNT:
-            _mount_overlay(mount, target, flags, options.data)
+            mount_overlay(mount.source, target, flags, options.data)
         else:
             fstype = "" if flags & linux.MS_BIND else mount.type
-            _mount_classic(mount.source, target, fstype, flags, options.data)
+            mount_classic(mount.source, target, fstype, flags, options.data)
         if options.propagation:
             linux.mount("", target, flags=options.propagation)
         if flags & linux.MS_BIND and flags & ~(linux.MS_BIND | linux.MS_REC):
@@ -319,16 +295,6 @@ def _mount_one(mount: Mount, target: Path) -> None:
         ) from error
 
 
-def _mount_classic(source: str, target: Path, fstype: str, flags: int, data: Sequence[str]) -> None:
-    text = ",".join(data)
-    if (size := len(os.fsencode(text))) > _DATA_MAX_BYTES:
-        raise MountFailed(
-            f"cannot mount {fstype} at {target}: its options take {size} bytes, and the kernel "
-            f"takes {_DATA_MAX_BYTES}"
-        )
-    linux.mount(source, target, fstype=fstype, flags=flags, data=text)
-
-
 def _mount_mapped(mount: Mount, target: Path, flags: int, options: MountOptions) -> None:
     if flags & linux.MS_REMOUNT or not (flags & linux.MS_BIND or mount.type == "overlay"):
         raise Unimplemented(f"a mount of type {mount.type!r} cannot have its owners mapped")
@@ -336,150 +302,7 @@ def _mount_mapped(mount: Mount, target: Path, flags: int, options: MountOptions)
         if flags & linux.MS_BIND:
             idmap.attach(mount.source, target, namespace)
         else:
-            _mount_mapped_overlay(mount, target, flags, options.data, namespace)
-
-
-def _mount_mapped_overlay(
-    mount: Mount, target: Path, flags: int, data: Sequence[str], namespace: int
-) -> None:
-    """Mount an overlay on lower directories with mapped owners.
-
-    The directory that has them all is shown, mapped, at the target itself for a moment, because
-    layers have to be in the mount namespace while the overlay is made; it then has its own copies.
-    """
-    layers = overlay_option(data, "lowerdir").split(":")
-    common = os.path.commonpath([str(Path(layer).parent) for layer in layers])
-    idmap.attach(common, target, namespace, attributes=linux.MOUNT_ATTR_RDONLY)
-    try:
-        directory = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            shown = (f"/proc/self/fd/{directory}/{os.path.relpath(p, common)}" for p in layers)
-            rest = [option for option in data if not option.startswith("lowerdir=")]
-            _mount_overlay(mount, target, flags, [*rest, f"lowerdir={':'.join(shown)}"])
-        finally:
-            os.close(directory)
-        overlay = linux.clone_tree(target)
-        linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-    finally:
-        linux.umount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-    try:
-        linux.move_mount(overlay, target)
-    finally:
-        os.close(overlay)
-
-
-def _mount_overlay(mount: Mount, target: Path, flags: int, data: Sequence[str]) -> None:
-    lower = overlay_option(data, "lowerdir")
-    layers = lower.split(":")
-    # data-only layers ("::") and escapes are for mount(2) to read
-    if not _layers_one_by_one() or "" in layers or "\\" in lower:
-        _mount_overlay_classic(mount.source, target, flags, data)
-        return
-    common = _common_parent([*layers, *(overlay_option(data, name) for name in _WRITABLE)])
-    fs = linux.fsopen("overlay")
-    try:
-        with _working_in(common):
-            near = [_seen_from(common, layer) for layer in layers]
-            _configure_overlay(fs, mount, flags, [_option_from(common, o) for o in data], near)
-        attributes = sum(bit for flag, bit in _ATTRIBUTES.items() if flags & flag)
-        mount_fd = linux.fsmount(fs, attributes)
-        try:
-            linux.move_mount(mount_fd, target)
-        finally:
-            os.close(mount_fd)
-    finally:
-        os.close(fs)
-
-
-def _mount_overlay_classic(source: str, target: Path, flags: int, data: Sequence[str]) -> None:
-    """Mount an overlay with mount(2), shortening the names of its layers if they are too long."""
-    layers = overlay_option(data, "lowerdir").split(":")
-    if len(os.fsencode(",".join(data))) <= _DATA_MAX_BYTES or "" in layers:
-        _mount_classic(source, target, "overlay", flags, data)
-        return
-    common = os.path.commonpath([str(Path(layer).parent) for layer in layers])
-    directory = os.open(common, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        near = f"/proc/self/fd/{directory}"
-        short = ":".join(f"{near}/{os.path.relpath(layer, common)}" for layer in layers)
-        rest = [option for option in data if not option.startswith("lowerdir=")]
-        _mount_classic(source, target, "overlay", flags, [*rest, f"lowerdir={short}"])
-    finally:
-        os.close(directory)
-
-
-def _common_parent(directories: Sequence[str]) -> str:
-    """The directory that has them all, with a slash at its end; empty if some are not absolute."""
-    given = [directory.rstrip("/") for directory in directories if directory]
-    if not all(directory.startswith("/") for directory in given):
-        return ""
-    return os.path.commonpath([directory.rpartition("/")[0] or "/" for directory in given]) + "/"
-
-
-def _seen_from(common: str, path: str) -> str:
-    return path[len(common) :].lstrip("/") if common and path.startswith(common) else path
-
-
-def _option_from(common: str, option: str) -> str:
-    key, equals, value = option.partition("=")
-    return f"{key}{equals}{_seen_from(common, value)}" if key in _WRITABLE else option
-
-
-@contextlib.contextmanager
-def _working_in(directory: str) -> Iterator[None]:
-    """Have this thread, and no other, work in a directory while the context lasts; empty: stay."""
-    if not directory:
-        yield
-        return
-    linux.unshare(linux.CLONE_FS)
-    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.chdir(directory)
-        yield
-    finally:
-        os.fchdir(before)
-        os.close(before)
-
-
-def _configure_overlay(
-    fs: int, mount: Mount, flags: int, data: Sequence[str], layers: Sequence[str]
-) -> None:
-    try:
-        linux.fsconfig(fs, linux.FSCONFIG_SET_STRING, "source", mount.source)
-        if flags & linux.MS_RDONLY:
-            linux.fsconfig(fs, linux.FSCONFIG_SET_FLAG, "ro")
-        for layer in layers:
-            linux.fsconfig(fs, linux.FSCONFIG_SET_STRING, "lowerdir+", layer)
-        for option in data:
-            key, equals, value = option.partition("=")
-            if key != "lowerdir":
-                command = linux.FSCONFIG_SET_STRING if equals else linux.FSCONFIG_SET_FLAG
-                linux.fsconfig(fs, command, key, value)
-        linux.fsconfig(fs, linux.FSCONFIG_CMD_CREATE)
-    except OSError as error:
-        reasons = "; ".join(_messages(fs))
-        told = f"{reasons}, in {os.getcwd()}"  # noqa: PTH109
-        text = f"{error.strerror} ({told})" if reasons else error.strerror
-        raise OSError(error.errno, text, error.filename) from error
-
-
-@functools.cache
-def _layers_one_by_one() -> bool:
-    """Whether overlayfs knows ``lowerdir+`` (Documentation/filesystems/overlayfs.rst; 6.7).
-
-    Asked of the version, as a kernel before 6.5 takes every parameter until it creates the mount.
-    """
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int("".join(c for c in minor if c.isdigit()))) >= (6, 7)
-
-
-def _messages(fs: int) -> list[str]:
-    """What the kernel has to say about a file system under configuration (fsopen(2))."""
-    found = []
-    with contextlib.suppress(OSError):
-        while message := os.read(fs, 4096):
-            found.append(os.fsdecode(message).strip().removeprefix("e "))
-    return found
+            mount_mapped_overlay(mount.source, target, flags, options.data, namespace)
 
 
 def _undo(places: list[Path]) -> None:

@@ -13,14 +13,8 @@ import pytest
 
 from services.common.database import Database
 from services.common.errors import FailedPrecondition, InvalidArgument
-from services.common.mounts import (
-    Mount,
-    MountFailed,
-    mount_all,
-    overlay_option,
-    temporary_mount,
-    unmount_all,
-)
+from services.common.mounts import Mount, mount_all, temporary_mount, unmount_all
+from services.common.overlay_mounts import MountFailed, overlay_option
 from services.containerd.content.descriptor import Descriptor
 from services.containerd.content.local import LocalContentStore
 from services.containerd.diff.local_applier import LocalApplier

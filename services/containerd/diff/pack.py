@@ -12,7 +12,8 @@ import zstandard
 from isal import isal_zlib
 
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unimplemented
-from services.common.mounts import Mount, overlay_option, temporary_mount
+from services.common.mounts import Mount, temporary_mount
+from services.common.overlay_mounts import overlay_option
 from services.containerd.diff import changes
 from services.containerd.diff.archive import LayerWriter
 from services.containerd.diff.changes import Change, NotSelfContained

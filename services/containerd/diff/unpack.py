@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from services.common import linux
 from services.common.errors import FailedPrecondition, NotFound
-from services.common.mounts import Mount, overlay_option, parse_options, temporary_mount
+from services.common.mounts import Mount, parse_options, temporary_mount
+from services.common.overlay_mounts import overlay_option
 from services.containerd.diff.apply import LayerApplier
 from services.containerd.diff.limits import DEFAULT_LIMITS, Limits
 from services.containerd.diff.reader import TarReader

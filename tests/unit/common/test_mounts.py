@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from services.common import linux, mounts
+from services.common import linux, overlay_mounts
 from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
-from services.common.mounts import (
-    Mount,
-    MountFailed,
-    as_readonly,
-    mount_all,
-    overlay_option,
-    parse_options,
-    unmount,
-)
+from services.common.mounts import Mount, as_readonly, mount_all, parse_options, unmount
+from services.common.overlay_mounts import MountFailed, overlay_option
 
 
 @pytest.mark.parametrize(
@@ -173,7 +166,7 @@ def test_a_bind_mount_shows_mapped_owners(tmp_path: Path) -> None:
 def test_an_overlay_shows_its_lower_directories_with_mapped_owners(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool
 ) -> None:
-    monkeypatch.setattr(mounts, "_layers_one_by_one", lambda: one_by_one)
+    monkeypatch.setattr(overlay_mounts, "_layers_one_by_one", lambda: one_by_one)
     directories = {name: tmp_path / "layers" / name for name in ("1", "2", "upper", "work")}
     for directory in directories.values():
         directory.mkdir(parents=True)
@@ -232,7 +225,7 @@ def test_mappings_that_cannot_be_are_refused(
 def test_an_overlay_of_many_layers_whatever_the_kernels_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool
 ) -> None:
-    monkeypatch.setattr(mounts, "_layers_one_by_one", lambda: one_by_one)
+    monkeypatch.setattr(overlay_mounts, "_layers_one_by_one", lambda: one_by_one)
     layers = [tmp_path / f"{number:03}-{'x' * 40}" / "fs" for number in range(60)]
     for layer in layers:
         layer.mkdir(parents=True)
@@ -251,7 +244,7 @@ def test_an_overlay_of_many_layers_whatever_the_kernels_age(
 def test_an_overlay_shows_short_names_and_its_thread_stays_where_it_was(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not mounts._layers_one_by_one():
+    if not overlay_mounts._layers_one_by_one():
         pytest.skip("this kernel takes all layers in one option")
     layers = tmp_path / where
     layers.mkdir(parents=True, exist_ok=True)

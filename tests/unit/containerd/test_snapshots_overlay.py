@@ -17,7 +17,7 @@ from services.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from services.common.mounts import overlay_option
+from services.common.overlay_mounts import overlay_option
 from services.containerd.metadata.schema import MIGRATIONS
 from services.containerd.snapshots.overlay import OverlaySnapshotter
 from services.containerd.snapshots.recorded import TARGET_LABEL

@@ -16,7 +16,7 @@ from services.common.errors import (
     NotFound,
     Unimplemented,
 )
-from services.common.mounts import overlay_option
+from services.common.overlay_mounts import overlay_option
 from services.containerd.snapshots.snapshotter import REBASE, Kind
 from tests.fakes.snapshotters import open_snapshotter
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.mounts import Mount, MountFailed, mount_all, unmount
+from services.common.mounts import Mount, mount_all, unmount
+from services.common.overlay_mounts import MountFailed
 from services.shim.rootfs import RootFs
 
 if TYPE_CHECKING:
