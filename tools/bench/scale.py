@@ -13,6 +13,7 @@ class Scale:
         rounds: timed rounds of short calls.
         pulls: timed rounds of pulls and other things that take seconds.
         fleet: containers that are started for a rate, and that run beside a recovery.
+        fleets: timed fleets of each engine for a rate that has a goal; others have one.
         crowds: containers that run beside what is measured.
         packed: containers that run with several to a shim.
         records: container records that a list has.
@@ -28,6 +29,7 @@ class Scale:
     rounds: int
     pulls: int
     fleet: int
+    fleets: int
     crowds: tuple[int, ...]
     packed: int
     records: tuple[int, ...]
@@ -44,6 +46,7 @@ FULL = Scale(
     rounds=30,
     pulls=5,
     fleet=200,
+    fleets=3,
     crowds=(0, 50, 200),
     packed=200,
     records=(10, 100, 1000),
@@ -59,6 +62,7 @@ QUICK = Scale(
     rounds=2,
     pulls=1,
     fleet=8,
+    fleets=1,
     crowds=(0, 8),
     packed=64,
     records=(10, 40),
