@@ -145,3 +145,19 @@ def test_goal_on_an_amount_looks_at_the_largest_crowd():
 
 def test_what_was_not_measured_is_neither_reached_nor_missed():
     assert all(v.value is None and not v.reached for v in verdicts(Figures()))
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(1.9, "1.90"), (1.994, "1.99"), (1.996, "1.996"), (2.0, "2.00"), (2.003, "2.00")],
+)
+def test_what_misses_its_goal_by_a_little_is_not_written_like_it(value, written):
+    figures = Figures()
+    goal = next(g for g in GOALS if g.case == "rate" and g.peer == "dockerd")
+    quantity = Quantity("rate", goal.what, Unit.PER_SECOND)
+    figures.add(quantity, OURS, value)
+    figures.add(quantity, DOCKERD, 1.0)
+
+    verdict = next(v for v in verdicts(figures) if v.goal is goal)
+
+    assert verdict.written == written

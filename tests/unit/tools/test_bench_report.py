@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from tools.bench.__main__ import _cases
 from tools.bench.cases import CASES
 from tools.bench.figures import Figures, Quantity, Role, Subject, Unit
+from tools.bench.goals import QUICK_GOALS
 from tools.bench.host import Host
 from tools.bench.report.page import page
 from tools.bench.report.run import Absence, Run
@@ -47,6 +49,14 @@ def test_page_names_machine_versions_plots_and_reasons(run):
     assert "![Run-to-exit](run.png)" in said
     assert "| podman | run | not \\| installed |" in said
     assert "| run-to-exit | Theseus | 200.0 ms | 100.0 ms | 300.0 ms | 3 | 0.50x |  |" in said
+
+
+def test_goals_of_a_quick_run_are_hints_and_of_a_whole_one_are_not(run):
+    whole = dataclasses.replace(run, quick=False)
+
+    for said in (text, lambda run: page(run, {})):
+        assert QUICK_GOALS in said(run)
+        assert QUICK_GOALS not in said(whole)
 
 
 def test_page_has_tables_whose_rows_are_as_wide_as_their_headings(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tools.bench.cases import CASES
-from tools.bench.goals import Measure, verdicts
+from tools.bench.goals import QUICK_GOALS, Measure, verdicts
 from tools.bench.report.table import HEADINGS, blocks
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def _parts(run: Run, plots: Mapping[str, str]) -> Iterator[str]:
     )
     yield _CONDITIONS
     yield "## Goals\n"
+    if run.quick:
+        yield f"{QUICK_GOALS}\n"
     yield from _goals(run)
     if run.absences:
         yield "\n## What could not be measured\n"
@@ -86,7 +88,7 @@ def _goals(run: Run) -> Iterator[str]:
         peer = f" ({goal.peer})" if goal.peer else ""
         of = "" if goal.measure is Measure.ITSELF else f", {goal.measure}{peer}"
         unit = verdict.unit if goal.measure is Measure.ITSELF else "x"
-        value = "not measured" if verdict.value is None else f"{verdict.value:.2f}{unit}"
+        value = "not measured" if verdict.value is None else f"{verdict.written}{unit}"
         word = "" if verdict.value is None else "yes" if verdict.reached else "**no**"
         rows.append((f"{goal.what}{of}", f"{goal.bound:g}", value, word))
     yield from _table(("figure", "goal", "found", "reached"), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tools.bench.cases import CASES
-from tools.bench.goals import verdicts
+from tools.bench.goals import QUICK_GOALS, verdicts
 from tools.bench.report.table import HEADINGS, blocks
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ def _lines(run: Run) -> Iterator[str]:
             yield f"  {block.title}"
             yield from (_columns(row) for row in block.rows)
     yield "\nGoals"
+    if run.quick:
+        yield f"  {QUICK_GOALS}"
     for verdict in verdicts(run.figures):
         if verdict.value is not None:
             word = "reached" if verdict.reached else "not yet"
             goal = verdict.goal
             yield (
-                f"  {word}  {verdict.value:8.2f}{verdict.unit:16} goal {goal.bound:<6g} {goal.what}"
+                f"  {word}  {verdict.written:>8}{verdict.unit:16} goal {goal.bound:<6g} {goal.what}"
             )
     for absence in run.absences:
         yield f"  not measured: {absence.subject}, {absence.what}: {absence.reason}"
