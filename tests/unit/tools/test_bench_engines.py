@@ -8,7 +8,9 @@ import threading
 import pytest
 
 from protos.containerd.task.v2 import shim_pb2
+from services.shim import app as shim_app
 from tools.bench import memory
+from tools.bench.cases import memory as memory_case
 from tools.bench.engines import CONTAINERDS, DAEMONS, PACKED, packed, spec, ttrpc
 from tools.bench.engines.containerd import theseus_tier
 from tools.bench.engines.engine import BenchError, Plan
@@ -70,6 +72,10 @@ def test_a_shim_that_waits_is_containerds(monkeypatch):
     monkeypatch.setattr(memory, "name", names.get)
 
     assert [theseus_tier(pid, argv) for pid in names] == ["shim", "containerd"]
+
+
+def test_memory_is_not_steady_before_shims_have_offered_theirs():
+    assert memory_case._TO_OFFER_S >= shim_app._SETTLED_S + memory_case._LOOK_S
 
 
 def test_many_files_are_as_many_as_asked_for_and_the_same_every_time():

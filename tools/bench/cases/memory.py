@@ -10,7 +10,7 @@ from tools.bench.case import Case
 from tools.bench.engines import PACKED
 from tools.bench.engines.engine import BenchError
 from tools.bench.engines.packed import EACH
-from tools.bench.figures import Quantity, Unit
+from tools.bench.figures import Quantity, Role, Unit
 from tools.bench.fleet import fleet
 from tools.bench.memory import merges, merging, pss_by_tier
 
@@ -23,6 +23,9 @@ Tiers = dict[str, tuple[int, float]]
 _LOOK_S = 1.0
 _LESS = 0.98
 _STEADY_S = 3.0
+_TO_OFFER_S = 5.0
+"""More than a shim of ours takes until it offers its memory to be merged."""
+
 _TO_MERGE_S = 8.0
 """After that it is no more to be expected that pages are merged, if none were yet."""
 
@@ -43,7 +46,7 @@ async def _measure(bench: Bench) -> None:
                 for size in bench.scale.crowds:
                     await ships.grow(size)
                     await ships.check()
-                    _weigh(bench, engine, size, await _settled(engine))
+                    _weigh(bench, engine, size, await _settled(engine, shims=size > 0))
     for kind in PACKED:
         with bench.forgiving(kind.subject, f"{EACH} containers to a shim"):
             await _packed(bench, kind, bench.scale.packed)
@@ -53,14 +56,14 @@ async def _packed(bench: Bench, kind: type[Engine], size: int) -> None:
     """The same for shims that several containers share."""
     async with bench.started(kind) as engine, fleet(engine, size) as ships:
         await ships.check()
-        count, shims = (await _settled(engine))["shim"]
+        count, shims = (await _settled(engine, shims=True))["shim"]
         if count != -(-size // EACH):
             raise BenchError(f"{size} containers have {count} shims, {EACH} to each")
         what = f"the shim of an idle container, {EACH} to a shim"
         bench.figures.add(memory_quantity(engine, what, size), engine.subject, shims / size)
 
 
-async def _settled(engine: Engine) -> Tiers:
+async def _settled(engine: Engine, *, shims: bool) -> Tiers:
     """Memory by tier, once it does not become less any more."""
     lowest = tiers = pss_by_tier(engine)
     since = began = time.monotonic()
@@ -69,6 +72,8 @@ async def _settled(engine: Engine) -> Tiers:
         if merging() and not always:
             since, merged = time.monotonic(), True
         steady_s = _TO_MERGE_S if merges(engine) and not merged else _STEADY_S
+        if shims and not merged and engine.subject.role is Role.OURS:
+            steady_s = max(steady_s, _TO_OFFER_S)
         if time.monotonic() - since >= steady_s:
             break
         await asyncio.sleep(_LOOK_S)
