@@ -145,7 +145,6 @@ class Shim:
         self._reaper.start()
         await self._server.listen(listener)
         await self.prepare()
-        await asyncio.to_thread(_nothing)  # it brings the thread that mounts
 
     async def run(
         self,

@@ -91,10 +91,13 @@ class Container:
             return Status.PAUSED
         return Status.STOPPED if process.status is Status.DELETED else process.status
 
-    async def create(self) -> None:
+    async def create(self, *, alone: bool) -> None:
         """Mount, open the streams, run ``create``; on a failure all is undone.
 
         Of a container that is restored there is no process before ``start``.
+
+        Args:
+            alone: its shim has no other container.
 
         Raises:
             FailedPrecondition: bundle, mounts, streams or runtime are not as they should be.
@@ -105,8 +108,8 @@ class Container:
         if self._image is not None:
             self._need_checkpoints()
         async with AsyncExitStack() as undo:
-            # What needs no root file system is done while the kernel mounts it.
-            mounted = self.rootfs.mount()
+            # In a shim with others, what needs no root file system is done beside the mount.
+            mounted = self.rootfs.mount(alone=alone)
             undo.push_async_callback(self.rootfs.take_down, mounted)
             spec = self.bundle.read_spec()
             self.exits.own_pid_namespace = bundles.has_own_pid_namespace(spec)

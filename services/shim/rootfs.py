@@ -39,13 +39,27 @@ class RootFs:
         """The mounts as plain data."""
         return [plain(mount) for mount in self._mounts]
 
-    def mount(self) -> asyncio.Future[None]:
-        """Begin to mount it in a thread.
+    def mount(self, *, alone: bool) -> asyncio.Future[None]:
+        """Mount it, or begin to.
+
+        Args:
+            alone: there is no other container that a disk which hangs would hold up. A thread is
+                spared then, which takes as long to get and to ask as the kernel does to mount.
 
         Raises:
             FailedPrecondition: by the future: the kernel refuses.
         """
-        return asyncio.get_running_loop().run_in_executor(None, self._mount)
+        loop = asyncio.get_running_loop()
+        if not alone:
+            return loop.run_in_executor(None, self._mount)
+        done: asyncio.Future[None] = loop.create_future()
+        try:
+            self._mount()
+        except (TheseusError, OSError) as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        return done
 
     async def unmount(self) -> None:
         """Unmount it. Idempotent. Where it was there is nothing after that; see ``ended``."""

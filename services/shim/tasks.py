@@ -335,7 +335,7 @@ class Tasks:
                 image=request.image,
             )
             options.root.mkdir(parents=True, exist_ok=True, mode=0o711)
-            await container.create()
+            await container.create(alone=len(self) == 1)
             self._containers[request.id] = container
             self.created += 1
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -97,3 +98,37 @@ async def test_without_mounts_there_is_nothing_to_do(tmp_path: Path) -> None:
     rootfs = RootFs(tmp_path, [])
     await rootfs.unmount()
     await rootfs.ended()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_it_is_mounted_in_a_thread_unless_nobody_else_would_be_held_up(
+    overlay: Overlay, monkeypatch: pytest.MonkeyPatch, *, alone: bool
+) -> None:
+    threads = []
+
+    def mount_here(mounts: list[Mount], place: Path) -> None:
+        threads.append(threading.current_thread())
+        mount_all(mounts, place)
+
+    monkeypatch.setattr("services.shim.rootfs.mounts.mount_all", mount_here)
+    rootfs = RootFs(overlay.place, [overlay.mount])
+    mounted = rootfs.mount(alone=alone)
+    assert mounted.done() == alone
+    await mounted
+    assert (threads == [threading.main_thread()]) == alone
+    (overlay.place / "written").write_text("x")
+    await rootfs.take_down(mounted)
+    assert not os.path.ismount(overlay.place)
+    assert (overlay.upper / "written").read_text() == "x"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_what_cannot_be_mounted_is_raised_where_it_is_waited_for(
+    tmp_path: Path, *, alone: bool
+) -> None:
+    rootfs = RootFs(tmp_path / "rootfs", [Mount("bind", str(tmp_path / "none"))])
+    mounted = rootfs.mount(alone=alone)
+    with pytest.raises(MountFailed):
+        await mounted
+    await rootfs.take_down(mounted)
+    assert not os.path.ismount(tmp_path / "rootfs")
