@@ -2,9 +2,10 @@
 
 An overlay is mounted through fsopen(2), which takes the lower directories one by one: mount(2) has
 a page for all options, which some thirty layers fill. Where the kernel is too old for that (before
-6.7), mount(2) does it, with the directories named from a descriptor of their common parent.
+6.7), mount(2) does it.
 
-The directories of an overlay are named as they are seen from their common parent. The kernel shows
+The directories of an overlay are named as they are seen from their common parent: always where that
+is done by fsopen(2), and by mount(2) if they are too long for it otherwise. The kernel shows
 the names as they were given to everybody who reads what is mounted, and a runtime does that three
 times for each container: beside a hundred others that is 20 KB instead of 46.
 """
@@ -100,12 +101,11 @@ def mount_overlay(source: str, target: Path, flags: int, data: Sequence[str]) ->
     if not _layers_one_by_one() or "" in layers or "\\" in lower:
         _mount_overlay_classic(source, target, flags, data)
         return
-    common = _common_parent([*layers, *(overlay_option(data, name) for name in _WRITABLE)])
+    common, near = _shortened(data)
     fs = linux.fsopen("overlay")
     try:
         with _working_in(common):
-            near = [_seen_from(common, layer) for layer in layers]
-            _configure_overlay(fs, source, flags, [_option_from(common, o) for o in data], near)
+            _configure_overlay(fs, source, flags, near)
         attributes = sum(bit for flag, bit in _ATTRIBUTES.items() if flags & flag)
         mount_fd = linux.fsmount(fs, attributes)
         try:
@@ -122,32 +122,37 @@ def _mount_overlay_classic(source: str, target: Path, flags: int, data: Sequence
     if len(os.fsencode(",".join(data))) <= _DATA_MAX_BYTES or "" in layers:
         mount_classic(source, target, "overlay", flags, data)
         return
-    common = os.path.commonpath([str(Path(layer).parent) for layer in layers])
-    directory = os.open(common, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        near = f"/proc/self/fd/{directory}"
-        short = ":".join(f"{near}/{os.path.relpath(layer, common)}" for layer in layers)
-        rest = [option for option in data if not option.startswith("lowerdir=")]
-        mount_classic(source, target, "overlay", flags, [*rest, f"lowerdir={short}"])
-    finally:
-        os.close(directory)
+    common, near = _shortened(data)
+    there = target.absolute()  # seen from where this thread works now
+    with _working_in(common):
+        mount_classic(source, there, "overlay", flags, near)
 
 
 def _common_parent(directories: Sequence[str]) -> str:
-    """The directory that has them all, with a slash at its end; empty if some are not absolute."""
-    given = [directory.rstrip("/") for directory in directories if directory]
-    if not all(directory.startswith("/") for directory in given):
+    """The directory that has them all, with a slash at its end; empty if there is none."""
+    parents = ["".join(path.rstrip("/").rpartition("/")[:2]) for path in directories if path]
+    if len({parent.startswith("/") for parent in parents}) > 1:  # some are named from here
         return ""
-    return os.path.commonpath([directory.rpartition("/")[0] or "/" for directory in given]) + "/"
+    common = os.path.commonpath(parents)
+    return f"{common}/" if common.strip("/") else ""
 
 
-def _seen_from(common: str, path: str) -> str:
-    return path[len(common) :].lstrip("/") if common and path.startswith(common) else path
+def _shortened(data: Sequence[str]) -> tuple[str, list[str]]:
+    """The directory that has all of an overlay's, and the options as they are seen from there."""
+    lower = overlay_option(data, "lowerdir").split(":")
+    common = _common_parent([*lower, *(overlay_option(data, name) for name in _WRITABLE)])
+    return common, [_option_from(common, option) for option in data]
 
 
 def _option_from(common: str, option: str) -> str:
     key, equals, value = option.partition("=")
+    if key == "lowerdir":
+        return "lowerdir=" + ":".join(_seen_from(common, layer) for layer in value.split(":"))
     return f"{key}{equals}{_seen_from(common, value)}" if key in _WRITABLE else option
+
+
+def _seen_from(common: str, path: str) -> str:
+    return path[len(common) :].lstrip("/") if common and path.startswith(common) else path
 
 
 @contextlib.contextmanager
@@ -166,14 +171,12 @@ def _working_in(directory: str) -> Iterator[None]:
         os.close(before)
 
 
-def _configure_overlay(
-    fs: int, source: str, flags: int, data: Sequence[str], layers: Sequence[str]
-) -> None:
+def _configure_overlay(fs: int, source: str, flags: int, data: Sequence[str]) -> None:
     try:
         linux.fsconfig(fs, linux.FSCONFIG_SET_STRING, "source", source)
         if flags & linux.MS_RDONLY:
             linux.fsconfig(fs, linux.FSCONFIG_SET_FLAG, "ro")
-        for layer in layers:
+        for layer in overlay_option(data, "lowerdir").split(":"):
             linux.fsconfig(fs, linux.FSCONFIG_SET_STRING, "lowerdir+", layer)
         for option in data:
             key, equals, value = option.partition("=")

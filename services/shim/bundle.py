@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from _typeshed import DataclassInstance
-
 _SPEC_MAX_BYTES = 16 << 20
 
 
@@ -98,14 +96,6 @@ def has_hooks(spec: Mapping[str, Any]) -> bool:
     """Whether programs are to be run at points of the container's life."""
     hooks = spec.get("hooks")
     return any(hooks.values()) if isinstance(hooks, dict) else bool(hooks)
-
-
-def plain(record: DataclassInstance) -> dict[str, Any]:
-    """The fields of a data class of plain values, to be written; nothing is copied.
-
-    ``dataclasses.asdict``, which goes through everything, was a twentieth of a shim's work.
-    """
-    return {field: getattr(record, field) for field in record.__dataclass_fields__}
 
 
 def has_own_pid_namespace(spec: Mapping[str, Any]) -> bool:

@@ -106,8 +106,7 @@ class Cgroup:
         return 0
 
     def _process_directory(self) -> Path | None:
-        found = (self.directory(name) for name in _PID_CONTROLLERS)
-        return next((path for path in found if path is not None), self.unified)
+        return self.directory(_process_hierarchy(self.controllers)) or self.unified
 
 
 def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cgroup:
@@ -123,14 +122,21 @@ def of_process(pid: int, *, root: Path = ROOT, proc: Path = Path("/proc")) -> Cg
         for name, path in theirs.items()
         if name
     }
-    # The hierarchy that processes are looked for in decides whether the cgroup is its own.
-    there = (n for n in _PID_CONTROLLERS if os.path.isdir(controllers.get(n, "")))  # noqa: PTH112
-    own = _is_own(next(there, ""), theirs, ours)
+    own = _is_own(_process_hierarchy(controllers), theirs, ours)
     pure = (root / "cgroup.controllers").exists()
     unified = (root if pure else root / "unified") / theirs.get("", "/").lstrip("/")
     # On a hybrid host the v2 part may be shared with the shim, whatever the v1 part is.
     usable = (pure or _is_own("", theirs, ours)) and unified.is_dir()
     return Cgroup(controllers=controllers, unified=unified if usable else None, own=own)
+
+
+def _process_hierarchy(controllers: Mapping[str, str]) -> str:
+    """The one that processes are looked for in, by its controller; empty: that of v2.
+
+    It decides whether a cgroup is its container's own.
+    """
+    there = (n for n in _PID_CONTROLLERS if os.path.isdir(controllers.get(n, "")))  # noqa: PTH112
+    return next(there, "")
 
 
 def _is_own(controller: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:

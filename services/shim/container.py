@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from services.common.errors import FailedPrecondition, NotFound, TheseusError, Unimplemented
+from services.common.frozen import plain
 from services.shim import bundle as bundles
 from services.shim import cgroups, checkpoint, events, launch
-from services.shim.bundle import plain
 from services.shim.events import Event
 from services.shim.execs import Execs
 from services.shim.exits import Exits

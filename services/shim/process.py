@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from services.common import linux
 from services.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from services.common.frozen import frozen
-from services.shim.bundle import plain
+from services.common.frozen import frozen, plain
 from services.shim.stdio.uris import Stdio
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import structlog
 
 from services.common import linux, mounts
 from services.common.errors import TheseusError
-from services.shim.bundle import plain
+from services.common.frozen import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -30,13 +30,12 @@ import re
 import secrets
 import shutil
 import stat
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.common import linux
+from services.common import linux, small_files
 from services.common.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
-from services.common.frozen import frozen
+from services.common.frozen import frozen, plain
 from services.common.sockets import check_socket_path
 from services.containerd.identifiers import checked_identifier
 from services.containerd.tasks.groups import group_of
@@ -76,9 +75,6 @@ class ShimRecord:
     binary: str = ""
     address: str = ""
     init: tuple[int, int] = (0, 0)
-
-
-_RECORD_FIELDS = tuple(field.name for field in fields(ShimRecord))
 
 
 @frozen
@@ -254,7 +250,7 @@ class Bundles:
         try:
             self._make_draft(draft)
             # Whole or not at all, as the directory is.
-            (draft / SHIM_FILE).write_bytes(json.dumps(_plain(record)).encode())
+            (draft / SHIM_FILE).write_bytes(json.dumps(plain(record)).encode())
             (draft / CONFIG_FILE).write_bytes(spec)
             (draft / "rootfs").mkdir(mode=0o711)
             _open_to_mapped_root(draft, config)
@@ -339,16 +335,10 @@ def _open_to_mapped_root(bundle: Path, config: dict[str, Any]) -> None:
             bundle.chmod(stat.S_IRWXU | stat.S_IXGRP)
 
 
-def _plain(record: ShimRecord) -> dict[str, Any]:
-    # Not asdict, which looks into each value for more to copy: a quarter of a bundle's time.
-    return {name: getattr(record, name) for name in _RECORD_FIELDS}
-
-
 def _write(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all.
 
     No fsync: what a crash of the machine takes is void after it anyway.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    draft.write_bytes(data)
-    draft.rename(path)
+    small_files.replace(str(path), str(draft), data)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from services.common import small_files
 from services.common.frozen import frozen
 from services.shim.runtimes import programs
 
@@ -131,8 +132,7 @@ def _identity(path: str) -> tuple[int, ...]:
 def _read(path: Path) -> bytes | None:
     """A filter; None where there is none, or something else."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_FILTER_MAX_BYTES + 1)
+        data = small_files.read(str(path), _FILTER_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     whole = data and len(data) <= _FILTER_MAX_BYTES and len(data) % _INSTRUCTION_BYTES == 0
@@ -148,5 +148,4 @@ def _read(path: Path) -> bytes | None:
 
 def _replace(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(data)
-    draft.rename(path)
+    small_files.replace(str(path), str(draft), data)

@@ -290,3 +290,27 @@ def test_a_layer_that_is_missing_is_told_with_its_place(tmp_path: Path) -> None:
     lower = f"lowerdir={tmp_path}/none:{tmp_path}/neither"
     with pytest.raises(MountFailed, match=f"none.*in {tmp_path}|No such file"):
         mount_all([Mount("overlay", "overlay", options=(lower,))], tmp_path / "root")
+
+
+def test_layers_too_many_for_one_option_are_seen_from_their_parent_and_the_target_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlay_mounts, "_layers_one_by_one", lambda: False)
+    layers = [tmp_path / "layers" / f"{number:03}-{'x' * 40}" for number in range(60)]
+    for layer in layers:
+        layer.mkdir(parents=True)
+    for name in ("layers/upper:1", "layers/work", "root"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = (
+        f"lowerdir={':'.join(str(layer) for layer in layers)}",
+        f"upperdir={tmp_path}/layers/upper:1",
+        f"workdir={tmp_path}/layers/work",
+    )
+    mount_all([Mount("overlay", "overlay", options=options)], Path("root"))
+    try:
+        Path("root/written").write_text("x")
+        assert (tmp_path / "layers" / "upper:1" / "written").read_text() == "x"
+    finally:
+        unmount(Path("root"))
+    assert Path.cwd() == tmp_path
