@@ -1,6 +1,6 @@
 """Libraries that the standard library can do without, and that a shim goes without.
 
-They are for TLS, faster digests, UUIDs of this machine and old archives: memory, and fifty mappings
+They are for TLS, faster digests, UUIDs of this machine and old archives: memory, and forty mappings
 that every fork would copy.
 """
 

@@ -61,6 +61,7 @@ def _become_warm(request: StartRequest, listener: int, requests: _socket.socket 
         from services.common import linux
         from services.shim.ttrpc.app import run
 
+        spared_imports.let_in()
         if requests is None:
             run(request, listener)
             return
