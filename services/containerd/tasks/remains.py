@@ -64,7 +64,10 @@ def read_spool(bundle: Bundle, decode: Callable[[bytes], ShimEvent | None]) -> l
         for path in directory.iterdir():
             if not path.name.isdigit():  # a draft that was never finished
                 continue
-            event = decode(path.read_bytes())
+            try:
+                event = decode(path.read_bytes())
+            except FileNotFoundError:  # acknowledged meanwhile: it is in the journal
+                continue
             if event is None or event.seq != int(path.name):
                 log.error("event in a spool is unreadable", path=str(path))
             else:

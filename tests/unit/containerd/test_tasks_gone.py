@@ -16,7 +16,7 @@ from services.common.errors import DataLoss, FailedPrecondition, NotFound
 from services.containerd.clients.shim_events import ShimEventCodec
 from services.containerd.tasks.bundle import Bundle
 from services.containerd.tasks.gone import Epitaph, GoneShim, LastWords
-from services.containerd.tasks.journal import ExitNotice
+from services.containerd.tasks.journal import ExitNotice, ShimEvent
 from services.containerd.tasks.processes import ProcessHandle, ProcessId
 from services.containerd.tasks.remains import Remains, read_remains, read_spool
 from services.containerd.tasks.shim import ProcessExit, Stdio, TaskStatus
@@ -172,3 +172,20 @@ async def test_a_process_is_told_from_another_with_its_pid() -> None:
     assert ProcessHandle.open(ProcessId(child.pid, start_time)) is None
     assert ProcessHandle.open(ProcessId(-1, 0)) is None
     assert os.waitstatus_to_exitcode(9) == -9
+
+
+def test_an_event_that_is_acknowledged_while_the_spool_is_read_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    bundle = Bundle("test", "c", tmp_path)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    for seq in (1, 2):
+        (spool / str(seq)).write_text(str(seq))
+
+    def decode(data: bytes) -> ShimEvent:
+        for path in spool.iterdir():
+            path.unlink()
+        return ShimEvent(int(data), 0, "/tasks/oom", TypedValue("x", b""))
+
+    assert len(read_spool(bundle, decode)) == 1
